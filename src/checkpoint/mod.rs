@@ -1,0 +1,7 @@
+//! What comes in: a Hugging Face folder. Headers and side files here; weights are read through the maps of `safetensors`.
+
+pub mod config;
+mod error;
+
+pub use config::Config;
+pub use error::CheckpointError;

@@ -1,0 +1,1 @@
+//! Run-time choice of instruction set and the vector kernels.
