@@ -4,4 +4,5 @@ pub mod arch;
 pub mod checkpoint;
 pub mod formats;
 pub mod gguf;
+pub mod mapped;
 pub mod tokenizer;

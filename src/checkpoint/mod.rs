@@ -2,6 +2,10 @@
 
 pub mod config;
 mod error;
+pub mod folder;
+pub mod safetensors;
 
 pub use config::Config;
 pub use error::CheckpointError;
+pub use folder::Weights;
+pub use safetensors::Dtype;
