@@ -1,8 +1,11 @@
 //! ostq-convert: a Hugging Face checkpoint to a GGUF file, in one streaming pass.
 
 pub mod arch;
+pub mod calibration;
 pub mod checkpoint;
 pub mod formats;
 pub mod gguf;
 pub mod mapped;
+pub mod plan;
+pub mod source;
 pub mod tokenizer;

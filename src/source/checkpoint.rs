@@ -304,10 +304,10 @@ impl Mapper<'_> {
             self.weights.find(&scale_name).ok_or_else(|| format!("an fp8 weight without its scales `{scale_name}`"))?;
         let dtype = e.dtype.filter(|d| d.is_float()).ok_or_else(|| format!("`{scale_name}` has type {}", e.dtype_name))?;
         let (rows, cols) = (shape[0], shape.get(1).copied().unwrap_or(1));
-        let block = q.and_then(|q| q.block_size).unwrap_or((rows.max(1), cols.max(1)));
+        let block = q.and_then(|q| q.weight_block_size).unwrap_or((rows.max(1), cols.max(1)));
         let (sr, sc) = (rows.div_ceil(block.0), cols.div_ceil(block.1));
         let n: u64 = e.shape.iter().product();
-        if n != sr * sc || (q.is_some_and(|q| q.block_size.is_some()) && e.shape != [sr, sc]) {
+        if n != sr * sc || (q.is_some_and(|q| q.weight_block_size.is_some()) && e.shape != [sr, sc]) {
             return Err(format!(
                 "`{scale_name}` has shape {:?}, blocks of {} x {} need [{sr}, {sc}]",
                 e.shape, block.0, block.1

@@ -1,0 +1,207 @@
+//! A recipe, checked: names became types, patterns became expressions. Nothing below sees raw text.
+
+use super::FileType;
+use super::mix::TensorTypeRule;
+use super::recipe::Recipe;
+use crate::gguf::{GgmlType, Value};
+
+/// What the weights become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// `llama-quantize ... TYPE`.
+    Quantize(FileType),
+    /// `llama-quantize ... COPY`: every tensor keeps its type.
+    Copy,
+    /// `convert_hf_to_gguf.py --outtype T`; `None` is `auto`.
+    Outtype(Option<OutType>),
+}
+
+/// The types of `convert_hf_to_gguf.py`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutType {
+    F32,
+    F16,
+    BF16,
+    Q8_0,
+    TQ1_0,
+    TQ2_0,
+}
+
+impl OutType {
+    const TABLE: &'static [(&'static str, OutType, GgmlType, FileType)] = &[
+        ("f32", OutType::F32, GgmlType::F32, FileType::F32),
+        ("f16", OutType::F16, GgmlType::F16, FileType::F16),
+        ("bf16", OutType::BF16, GgmlType::BF16, FileType::BF16),
+        ("q8_0", OutType::Q8_0, GgmlType::Q8_0, FileType::Q8_0),
+        ("tq1_0", OutType::TQ1_0, GgmlType::TQ1_0, FileType::TQ1_0),
+        ("tq2_0", OutType::TQ2_0, GgmlType::TQ2_0, FileType::TQ2_0),
+    ];
+
+    fn row(self) -> &'static (&'static str, OutType, GgmlType, FileType) {
+        OutType::TABLE.iter().find(|r| r.1 == self).expect("every type has a row")
+    }
+
+    /// Tensor type.
+    pub fn ggml_type(self) -> GgmlType {
+        self.row().2
+    }
+
+    /// `general.file_type`.
+    pub fn file_type(self) -> FileType {
+        self.row().3
+    }
+
+    fn parse(text: &str) -> Option<OutType> {
+        OutType::TABLE.iter().find(|r| r.0.eq_ignore_ascii_case(text)).map(|r| r.1)
+    }
+}
+
+/// The file between conversion and quantization, whose rounding is reproduced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Via {
+    /// The stored types: nothing is lost.
+    #[default]
+    Auto,
+    F32,
+    F16,
+    BF16,
+}
+
+/// `--override-kv KEY=TYPE:VALUE`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvOverride {
+    pub key: String,
+    pub value: Value,
+}
+
+/// A checked recipe.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub recipe: Recipe,
+    pub target: Target,
+    pub via: Via,
+    pub output_tensor_type: Option<GgmlType>,
+    pub token_embedding_type: Option<GgmlType>,
+    pub tensor_types: Vec<TensorTypeRule>,
+    pub override_kv: Vec<KvOverride>,
+}
+
+/// The type when none is asked for.
+pub const DEFAULT_TYPE: FileType = FileType::Q4_K_M;
+
+impl Options {
+    /// Checks a recipe. The error names the flag and what it takes.
+    pub fn resolve(recipe: Recipe) -> Result<Options, String> {
+        let r = &recipe;
+        let target = match (&r.r#type, &r.outtype) {
+            (Some(_), Some(_)) => return Err("--type and --outtype exclude each other".into()),
+            (Some(t), None) => parse_type("--type", t)?,
+            (None, Some(t)) if t.eq_ignore_ascii_case("auto") => Target::Outtype(None),
+            (None, Some(t)) => match OutType::parse(t) {
+                Some(o) => Target::Outtype(Some(o)),
+                None => parse_type("--outtype", t)?,
+            },
+            (None, None) => Target::Quantize(DEFAULT_TYPE),
+        };
+        let via = match r.via.as_deref().map(str::to_ascii_lowercase).as_deref() {
+            None | Some("auto") => Via::Auto,
+            Some("f32") => Via::F32,
+            Some("f16") => Via::F16,
+            Some("bf16") => Via::BF16,
+            Some(other) => return Err(format!("--via: `{other}` is not auto, f32, f16 or bf16")),
+        };
+        if !r.include_weights.is_empty() && !r.exclude_weights.is_empty() {
+            return Err("--include-weights and --exclude-weights exclude each other".into());
+        }
+        let one = |flag: &str, text: &Option<String>| text.as_deref().map(|t| tensor_type(flag, t)).transpose();
+        let tensor_types = r
+            .tensor_type
+            .iter()
+            .map(|t| TensorTypeRule::parse(t).map_err(|e| format!("--tensor-type: {e}")))
+            .collect::<Result<Vec<_>, _>>()?;
+        let override_kv = r.override_kv.iter().map(|t| parse_override(t)).collect::<Result<Vec<_>, _>>()?;
+        if r.bigendian && !matches!(target, Target::Outtype(Some(OutType::F32 | OutType::F16 | OutType::BF16))) {
+            return Err("--bigendian goes with --outtype f32, f16 or bf16: block formats have no big-endian form".into());
+        }
+        Ok(Options {
+            target,
+            via,
+            output_tensor_type: one("--output-tensor-type", &r.output_tensor_type)?,
+            token_embedding_type: one("--token-embedding-type", &r.token_embedding_type)?,
+            tensor_types,
+            override_kv,
+            recipe,
+        })
+    }
+}
+
+fn parse_type(flag: &str, text: &str) -> Result<Target, String> {
+    if text.eq_ignore_ascii_case("copy") {
+        return Ok(Target::Copy);
+    }
+    FileType::parse(text).map(Target::Quantize).ok_or_else(|| {
+        let names = FileType::ALL.iter().map(|f| f.name());
+        let near = crate::checkpoint::nearest::nearest(&text.to_uppercase(), names);
+        let hint = near.map_or(String::new(), |n| format!(" did you mean `{}`?", n.to_lowercase()));
+        format!("{flag}: `{text}` is no type;{hint} `--list-types` shows all")
+    })
+}
+
+fn tensor_type(flag: &str, text: &str) -> Result<GgmlType, String> {
+    GgmlType::from_name(text)
+        .filter(|&t| crate::formats::format(t).is_some() && t != GgmlType::NVFP4)
+        .ok_or_else(|| format!("{flag}: `{text}` is no tensor type; `--list-types` shows all"))
+}
+
+/// `string_parse_kv_override`: keys and strings of at most 127 bytes; an integer is written as u32 of its absolute value.
+fn parse_override(text: &str) -> Result<KvOverride, String> {
+    const MAX: usize = 127;
+    let bad = |why: &str| format!("--override-kv: `{text}`: {why}");
+    let (key, rest) = text.split_once('=').ok_or_else(|| bad("not of the form KEY=TYPE:VALUE"))?;
+    let (ty, value) = rest.split_once(':').ok_or_else(|| bad("not of the form KEY=TYPE:VALUE"))?;
+    if key.is_empty() || key.len() > MAX {
+        return Err(bad("the key must have 1 to 127 bytes"));
+    }
+    let value = match ty {
+        "int" => {
+            let n: i64 = value.parse().map_err(|_| bad("not a whole number"))?;
+            Value::U32(u32::try_from(n.unsigned_abs()).map_err(|_| bad("does not fit in 32 bits"))?)
+        }
+        "float" => Value::F32(value.parse::<f64>().map_err(|_| bad("not a number"))? as f32),
+        "bool" => match value {
+            "true" => Value::Bool(true),
+            "false" => Value::Bool(false),
+            _ => return Err(bad("a bool is true or false")),
+        },
+        "str" if value.len() > MAX => return Err(bad("a string has at most 127 bytes")),
+        "str" => Value::from(value),
+        _ => return Err(bad("the type is int, float, bool or str")),
+    };
+    Ok(KvOverride { key: key.to_string(), value })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outtype_and_type_are_two_rules() {
+        let opt = |t: Option<&str>, o: Option<&str>| {
+            Options::resolve(Recipe { r#type: t.map(Into::into), outtype: o.map(Into::into), ..Recipe::default() })
+        };
+        assert_eq!(opt(None, None).unwrap().target, Target::Quantize(FileType::Q4_K_M));
+        assert_eq!(opt(None, Some("tq1_0")).unwrap().target, Target::Outtype(Some(OutType::TQ1_0)));
+        assert_eq!(opt(Some("tq1_0"), None).unwrap().target, Target::Quantize(FileType::TQ1_0));
+        assert_eq!(opt(None, Some("q4_k_m")).unwrap().target, Target::Quantize(FileType::Q4_K_M));
+        assert_eq!(opt(Some("copy"), None).unwrap().target, Target::Copy);
+        let e = opt(Some("q4_k_x"), None).unwrap_err();
+        assert!(e.contains("q4_k_") && e.contains("did you mean"), "{e}");
+    }
+
+    #[test]
+    fn overrides() {
+        assert_eq!(parse_override("a.b=int:-5").unwrap().value, Value::U32(5));
+        assert_eq!(parse_override("a=bool:true").unwrap().value, Value::Bool(true));
+        assert!(parse_override("a=int:x").is_err() && parse_override("a").is_err() && parse_override("=int:1").is_err());
+    }
+}
