@@ -90,3 +90,30 @@ pub fn format(ty: GgmlType) -> Option<&'static dyn BlockFormat> {
         Q8_1 | Q8_K | I8 | I16 | I32 | I64 | F64 => return None,
     })
 }
+
+/// The caller's promise about [`BlockFormat::encode`].
+#[inline]
+fn check_encode(ty: GgmlType, rows: &[f32], n_per_row: usize, weights: Option<&[f32]>, out: &[u8]) {
+    assert!(n_per_row.is_multiple_of(ty.block_len()), "a row of {ty} holds whole blocks");
+    assert!(rows.is_empty() || n_per_row > 0 && rows.len().is_multiple_of(n_per_row), "whole rows");
+    assert!(weights.is_none_or(|w| w.len() == n_per_row), "one weight per column");
+    assert_eq!(out.len(), rows.len() / ty.block_len() * ty.block_bytes(), "room for the blocks");
+}
+
+/// The caller's promise about [`BlockFormat::decode`].
+#[inline]
+fn check_decode(ty: GgmlType, blocks: &[u8], out: &[f32]) {
+    assert!(out.len().is_multiple_of(ty.block_len()), "whole blocks of {ty}");
+    assert_eq!(blocks.len(), out.len() / ty.block_len() * ty.block_bytes(), "the blocks of the values");
+}
+
+/// `ggml_validate_row_data` for formats whose only floats are f16 fields at `offsets` of each block.
+fn validate_f16_fields(ty: GgmlType, blocks: &[u8], offsets: &[usize]) -> Result<(), FormatError> {
+    assert!(blocks.len().is_multiple_of(ty.block_bytes()), "whole blocks of {ty}");
+    for (block, bytes) in blocks.chunks_exact(ty.block_bytes()).enumerate() {
+        if offsets.iter().any(|&at| bytes[at + 1] & 0x7c == 0x7c) {
+            return Err(FormatError::BadScale { block });
+        }
+    }
+    Ok(())
+}

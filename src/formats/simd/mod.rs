@@ -1,1 +1,131 @@
 //! Run-time choice of instruction set and the vector kernels.
+//!
+//! [`isa`] detects the best instruction set once. The environment variable `OSTQ_ISA` forces one
+//! (`scalar`, `avx2`, `avx512`, `neon`); [`check_env`] says whether its value can be used. Tests and benchmarks choose
+//! with [`with_isa`].
+//!
+//! The scalar code of the formats is the definition. Kernels do the same operations in the same order with one block
+//! or sub-block per lane, so that every instruction set gives the same bytes.
+
+pub mod convert;
+
+use super::FormatError;
+use crate::gguf::GgmlType;
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+/// An instruction set that has kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// The scalar definitions.
+    Scalar,
+    /// AArch64 with NEON (always present there).
+    Neon,
+    /// x86-64 with AVX2 and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set.
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512];
+
+    /// The name that `OSTQ_ISA` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The instruction sets of this machine, [`Isa::Scalar`] first, the best last.
+    pub fn available() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+}
+
+/// The value of `OSTQ_ISA`: `None` if it is not set.
+fn from_env() -> Result<Option<Isa>, String> {
+    let Some(value) = std::env::var_os("OSTQ_ISA") else { return Ok(None) };
+    let list = || Isa::available().map(Isa::name).collect::<Vec<_>>().join(", ");
+    match Isa::ALL.into_iter().find(|isa| value.eq_ignore_ascii_case(isa.name())) {
+        None => Err(format!("OSTQ_ISA={}: unknown; this machine has {}", value.to_string_lossy(), list())),
+        Some(isa) if !isa.is_available() => Err(format!("OSTQ_ISA={}: this machine has only {}", isa.name(), list())),
+        isa => Ok(isa),
+    }
+}
+
+/// Says why `OSTQ_ISA` cannot be used. [`isa`] then goes by detection.
+pub fn check_env() -> Result<(), String> {
+    from_env().map(|_| ())
+}
+
+thread_local! {
+    static FORCED: Cell<Option<Isa>> = const { Cell::new(None) };
+}
+
+/// The instruction set in use: that of [`with_isa`], else `OSTQ_ISA`, else the best of this machine.
+pub fn isa() -> Isa {
+    static DETECTED: OnceLock<Isa> = OnceLock::new();
+    FORCED.get().unwrap_or_else(|| {
+        *DETECTED.get_or_init(|| match from_env() {
+            Ok(Some(isa)) => isa,
+            _ => Isa::available().last().unwrap_or(Isa::Scalar),
+        })
+    })
+}
+
+/// Runs `f` with a given instruction set on this thread (for tests and benchmarks).
+///
+/// # Panics
+/// If this machine does not have it.
+pub fn with_isa<T>(isa: Isa, f: impl FnOnce() -> T) -> T {
+    struct Restore(Option<Isa>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORCED.set(self.0);
+        }
+    }
+    assert!(isa.is_available(), "this machine has no {}", isa.name());
+    let _restore = Restore(FORCED.replace(Some(isa)));
+    f()
+}
+
+/// Encodes with the kernel of a type for the instruction set in use, or with `scalar` where there is none.
+pub(crate) fn encode(
+    _ty: GgmlType,
+    rows: &[f32],
+    n_per_row: usize,
+    weights: Option<&[f32]>,
+    out: &mut [u8],
+    scalar: impl FnOnce(&[f32], usize, Option<&[f32]>, &mut [u8]),
+) -> Result<(), FormatError> {
+    if !rows.is_empty() {
+        scalar(rows, n_per_row, weights, out);
+    }
+    Ok(())
+}
