@@ -3,6 +3,8 @@
 pub mod arch;
 pub mod calibration;
 pub mod checkpoint;
+pub mod cli;
+pub mod convert;
 pub mod formats;
 pub mod gguf;
 pub mod mapped;

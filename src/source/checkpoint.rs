@@ -12,6 +12,7 @@ use crate::checkpoint::hparams::Hparams;
 use crate::checkpoint::{CheckpointError, Dtype, Weights};
 use crate::gguf::GgmlType;
 use crate::mapped::MappedFile;
+use crate::plan::OutType;
 
 /// How tensors are mapped.
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,6 +113,19 @@ impl CheckpointSource {
             source.push(n);
         }
         Ok(source)
+    }
+
+    /// What `--outtype auto` stands for: the type of the first matrix that is stored in 16 bits, else f16.
+    pub fn auto_type(&self) -> OutType {
+        self.tensors
+            .iter()
+            .filter(|t| t.dims.len() >= 2 && !t.is_fp8)
+            .find_map(|t| match t.stored {
+                GgmlType::BF16 => Some(OutType::BF16),
+                GgmlType::F16 => Some(OutType::F16),
+                _ => None,
+            })
+            .unwrap_or(OutType::F16)
     }
 
     fn push(&mut self, n: Named) {
@@ -442,6 +456,13 @@ impl TensorSource for CheckpointSource {
                 }
             }
         });
+    }
+
+    fn stored_row(&self, index: usize, row: u64) -> u64 {
+        match &self.parts[index][..] {
+            [part] if self.tensors[index].dims.len() > 1 => part.order.source(row),
+            _ => row,
+        }
     }
 
     fn release(&self, index: usize, rows: Range<u64>) {

@@ -1,0 +1,194 @@
+//! Arguments of `convert` and `plan`, spelled as llama.cpp spells them, and the recipe that they add up to.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{Failure, USAGE};
+use crate::plan::memory::parse_size;
+use crate::plan::{Options, Recipe};
+
+/// What to convert, and how.
+#[derive(Args, Clone, Debug)]
+pub struct ConvertArgs {
+    /// Checkpoint folder (config.json, *.safetensors, tokenizer files) or GGUF file.
+    #[arg(required = true, value_name = "IN")]
+    pub input: Option<PathBuf>,
+    /// GGUF file to write.
+    #[arg(value_name = "OUT.gguf")]
+    pub output: Option<PathBuf>,
+    /// GGUF file to write (as in convert_hf_to_gguf.py).
+    #[arg(long, value_name = "FILE", conflicts_with = "output", help_heading = "Output")]
+    outfile: Option<PathBuf>,
+
+    /// What to quantize to, as llama-quantize names it, any case, or COPY; see --list-types [default: q4_k_m].
+    #[arg(long, short = 't', value_name = "TYPE", help_heading = "Types")]
+    r#type: Option<String>,
+    /// The same by convert_hf_to_gguf.py's rules where it knows the type: f32 f16 bf16 q8_0 tq1_0 tq2_0 auto.
+    #[arg(long, value_name = "TYPE", conflicts_with = "type", help_heading = "Types")]
+    outtype: Option<String>,
+    /// Reproduce the rounding of a two-step conversion through an f32, f16 or bf16 file [default: auto, lossless].
+    #[arg(long, value_name = "TYPE", help_heading = "Types")]
+    via: Option<String>,
+    /// Byte for byte what llama.cpp writes. In this version there is no other behaviour.
+    #[arg(long, help_heading = "Types")]
+    exact: bool,
+    /// Type for tensors whose name matches; the first match in the order given wins.
+    #[arg(long, value_name = "REGEX=TYPE", help_heading = "Types")]
+    tensor_type: Vec<String>,
+    /// File of REGEX=TYPE, separated by white space.
+    #[arg(long, value_name = "FILE", help_heading = "Types")]
+    tensor_type_file: Option<PathBuf>,
+    /// Type of output.weight.
+    #[arg(long, value_name = "TYPE", help_heading = "Types")]
+    output_tensor_type: Option<String>,
+    /// Type of token_embd.weight.
+    #[arg(long, value_name = "TYPE", help_heading = "Types")]
+    token_embedding_type: Option<String>,
+    /// Leave output.weight as it is.
+    #[arg(long, help_heading = "Types")]
+    leave_output_tensor: bool,
+    /// One type for all tensors, no mix.
+    #[arg(long, help_heading = "Types")]
+    pure: bool,
+    /// Quantize what is already quantized (GGUF input).
+    #[arg(long, help_heading = "Types")]
+    allow_requantize: bool,
+    /// Write infinities where a value does not fit in f16.
+    #[arg(long, help_heading = "Types")]
+    allow_f16_overflow: bool,
+    /// fp8 weights become q8_0 (with --outtype).
+    #[arg(long, help_heading = "Types")]
+    fp8_as_q8: bool,
+
+    /// Importance matrix: a GGUF or legacy .dat file of llama-imatrix.
+    #[arg(long, value_name = "FILE", help_heading = "Importance")]
+    imatrix: Option<PathBuf>,
+    /// Use only imatrix entries whose name contains this.
+    #[arg(long, value_name = "PART", help_heading = "Importance")]
+    include_weights: Vec<String>,
+    /// Use no imatrix entry whose name contains this.
+    #[arg(long, value_name = "PART", help_heading = "Importance")]
+    exclude_weights: Vec<String>,
+
+    /// Set a metadata key: int, float, bool or str.
+    #[arg(long, value_name = "KEY=TYPE:VALUE", help_heading = "Metadata")]
+    override_kv: Vec<String>,
+    /// general.name.
+    #[arg(long, value_name = "NAME", help_heading = "Metadata")]
+    model_name: Option<String>,
+    /// JSON file of general.* keys.
+    #[arg(long, value_name = "FILE", help_heading = "Metadata")]
+    metadata: Option<PathBuf>,
+    /// Jinja file that replaces the model's chat template.
+    #[arg(long, value_name = "FILE", help_heading = "Metadata")]
+    chat_template: Option<PathBuf>,
+    /// Name of the pre-tokenizer (tokenizer.ggml.pre), where detection is wrong.
+    #[arg(long, value_name = "NAME", help_heading = "Metadata")]
+    pre: Option<String>,
+    /// Leave the ostq.* keys out: the file is then the very one that llama.cpp writes.
+    #[arg(long, help_heading = "Metadata")]
+    no_provenance: bool,
+
+    /// Write the vocabulary and metadata only.
+    #[arg(long, help_heading = "Output")]
+    vocab_only: bool,
+    /// Drop layers, for instance 3,17.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', help_heading = "Output")]
+    prune_layers: Vec<u64>,
+    /// One attn_qkv tensor instead of three.
+    #[arg(long, help_heading = "Output")]
+    fuse_qkv: bool,
+    /// Write a big-endian file (f32, f16, bf16).
+    #[arg(long, help_heading = "Output")]
+    bigendian: bool,
+    /// Replace an existing file; write inside the input folder.
+    #[arg(long, short, help_heading = "Output")]
+    pub force: bool,
+    /// Print sha256 of the file and of every tensor, read back from disk.
+    #[arg(long, help_heading = "Output")]
+    pub manifest: bool,
+    /// Show the plan and write nothing.
+    #[arg(long, help_heading = "Output")]
+    pub dry_run: bool,
+
+    /// TOML file that says what flags say; flags are laid over it.
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    recipe: Option<PathBuf>,
+    /// Print the recipe of this run (and, with --dry-run, nothing else).
+    #[arg(long, help_heading = "Run")]
+    pub print_recipe: bool,
+    /// Worker threads [default: all processors].
+    #[arg(long, value_name = "N", help_heading = "Run", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Ceiling of resident memory, for instance 512MiB: kept, or refused before work starts.
+    #[arg(long, value_name = "SIZE", help_heading = "Run", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+    /// Machine-readable report on standard output.
+    #[arg(long, help_heading = "Run")]
+    pub json: bool,
+    /// Only errors.
+    #[arg(long, short, help_heading = "Run")]
+    pub quiet: bool,
+}
+
+impl ConvertArgs {
+    /// The file to write, however it was given.
+    pub fn out(&self) -> Option<&PathBuf> {
+        self.output.as_ref().or(self.outfile.as_ref())
+    }
+
+    /// Threads to use.
+    pub fn thread_count(&self) -> usize {
+        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
+    }
+
+    /// The recipe of this command line, laid over `--recipe`, checked.
+    pub fn options(&self) -> Result<Options, Failure> {
+        let base = match &self.recipe {
+            Some(path) => Recipe::load(path).map_err(|e| Failure::new(USAGE, e))?,
+            None => Recipe::default(),
+        };
+        let mut recipe = base.overlaid(self.recipe()?);
+        if recipe.r#type.is_none() && recipe.outtype.is_none() {
+            recipe.r#type = Some(crate::plan::options::DEFAULT_TYPE.name().to_lowercase());
+        }
+        Options::resolve(recipe).map_err(|e| Failure::new(USAGE, e))
+    }
+
+    fn recipe(&self) -> Result<Recipe, Failure> {
+        let mut tensor_type = self.tensor_type.clone();
+        if let Some(file) = &self.tensor_type_file {
+            let text = std::fs::read_to_string(file)
+                .map_err(|e| Failure::new(USAGE, format!("--tensor-type-file {}: {e}", file.display())))?;
+            tensor_type.extend(text.split_whitespace().map(str::to_string));
+        }
+        Ok(Recipe {
+            r#type: self.r#type.clone(),
+            outtype: self.outtype.clone(),
+            via: self.via.clone(),
+            exact: self.exact,
+            tensor_type,
+            output_tensor_type: self.output_tensor_type.clone(),
+            token_embedding_type: self.token_embedding_type.clone(),
+            leave_output_tensor: self.leave_output_tensor,
+            pure: self.pure,
+            imatrix: self.imatrix.clone(),
+            include_weights: self.include_weights.clone(),
+            exclude_weights: self.exclude_weights.clone(),
+            override_kv: self.override_kv.clone(),
+            prune_layers: self.prune_layers.clone(),
+            model_name: self.model_name.clone(),
+            metadata: self.metadata.clone(),
+            chat_template: self.chat_template.clone(),
+            pre: self.pre.clone(),
+            vocab_only: self.vocab_only,
+            fuse_qkv: self.fuse_qkv,
+            fp8_as_q8: self.fp8_as_q8,
+            bigendian: self.bigendian,
+            allow_requantize: self.allow_requantize,
+            allow_f16_overflow: self.allow_f16_overflow,
+            no_provenance: self.no_provenance,
+        })
+    }
+}

@@ -1,0 +1,147 @@
+//! `ostq-convert IN OUT.gguf`.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use serde_json::json;
+
+use super::args::ConvertArgs;
+use super::bar::Bar;
+use super::plan::{Prepared, prepare};
+use super::{Failure, INTERRUPTED, RESOURCE, USAGE, inspect, print};
+use crate::convert::progress::Silent;
+use crate::convert::{self, OutputError, Progress, Run, output};
+use crate::plan::memory::human;
+
+/// Converts.
+pub fn run(args: ConvertArgs) -> Result<(), Failure> {
+    let Some(out) = args.out().cloned() else {
+        return Err(Failure::new(USAGE, "name the file to write: ostq-convert IN OUT.gguf (or --dry-run)"));
+    };
+    install_signal_handlers()?;
+    let prepared = prepare(&args)?;
+    if args.print_recipe {
+        print::stdout(prepared.options.recipe.to_toml().as_bytes())?;
+    }
+    check_output(&args, &prepared, &out)?;
+    let say = |text: String| {
+        if !args.quiet {
+            eprintln!("{text}");
+        }
+    };
+    for w in &prepared.plan.warnings {
+        say(format!("warning: {w}"));
+    }
+    for (what, value) in &prepared.input.summary {
+        say(format!("{what}: {value}"));
+    }
+    let total: u64 =
+        prepared.plan.tensors.iter().map(|t| prepared.input.source.tensors()[t.source].stored_bytes).sum();
+    say(format!(
+        "{}: {} tensors, {} -> {} ({:.2} bits per weight); at most {} of memory, {} threads, {}",
+        prepared.plan.type_name,
+        prepared.plan.tensors.len(),
+        human(total),
+        human(prepared.plan.layout.file_size),
+        prepared.plan.bits_per_weight(),
+        human(prepared.memory.peak),
+        prepared.memory.threads,
+        crate::formats::simd::isa().name(),
+    ));
+    let bar = (!args.quiet).then(|| Bar::new(total));
+    let progress: &dyn Progress = bar.as_ref().map_or(&Silent as &dyn Progress, |b| b);
+    let Prepared { input, options, plan, imatrix, memory } = prepared;
+    let summary = args.json.then(|| super::plan::to_json(&plan, &input, &memory));
+    let result = convert::run(Run {
+        input: &input,
+        plan,
+        imatrix: imatrix.as_ref(),
+        memory,
+        output: &out,
+        force: args.force,
+        allow_f16_overflow: options.recipe.allow_f16_overflow,
+        progress,
+    });
+    if let Some(bar) = &bar {
+        bar.finish();
+    }
+    let done = result?;
+    if done.overflows > 0 {
+        say(format!("warning: {} values did not fit in f16 and are infinite now", done.overflows));
+    }
+    let seconds = done.elapsed.as_secs_f64();
+    say(format!(
+        "{}: {} in {seconds:.1} s ({}/s of input)",
+        out.display(),
+        human(done.file_size),
+        human((total as f64 / seconds.max(1e-9)) as u64)
+    ));
+    report(&args, &out, summary, &done)
+}
+
+fn report(
+    args: &ConvertArgs,
+    out: &Path,
+    summary: Option<serde_json::Value>,
+    done: &convert::Done,
+) -> Result<(), Failure> {
+    let manifest = if args.manifest { Some(inspect::manifest(out)?) } else { None };
+    match summary {
+        Some(mut json) => {
+            json["output"] = json!(out.display().to_string());
+            json["seconds"] = json!(done.elapsed.as_secs_f64());
+            json["f16_overflows"] = json!(done.overflows);
+            if let Some(m) = &manifest {
+                json["manifest"] = m.to_json();
+            }
+            print::stdout(format!("{json:#}\n").as_bytes())
+        }
+        None => manifest.map_or(Ok(()), |m| print::stdout(m.to_text().as_bytes())),
+    }
+}
+
+fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(), Failure> {
+    let input = args.input.as_deref().expect("required by the parser");
+    let mut inputs: Vec<(u64, u64)> = prepared.input.source.files().iter().map(|f| f.identity()).collect();
+    let r = &prepared.options.recipe;
+    let mut side: Vec<std::path::PathBuf> =
+        [&r.imatrix, &r.metadata, &r.chat_template].into_iter().flatten().cloned().collect();
+    if input.is_dir() {
+        side.extend(std::fs::read_dir(input).into_iter().flatten().flatten().map(|e| e.path()));
+    }
+    for path in side {
+        use std::os::unix::fs::MetadataExt;
+        if let Ok(m) = std::fs::metadata(&path) {
+            inputs.push((m.dev(), m.ino()));
+        }
+    }
+    // a finished conversion inside the input folder may be replaced with --force, an input never
+    let own = std::fs::metadata(out).ok().filter(|_| args.force && out.extension().is_some_and(|e| e == "gguf"));
+    if let Some(m) = own {
+        use std::os::unix::fs::MetadataExt;
+        let used = prepared.input.source.files().iter().any(|f| f.identity() == (m.dev(), m.ino()))
+            || r.imatrix.as_deref().and_then(|p| std::fs::metadata(p).ok()).is_some_and(|i| (i.dev(), i.ino()) == (m.dev(), m.ino()));
+        if !used {
+            inputs.retain(|&id| id != (m.dev(), m.ino()));
+        }
+    }
+    output::check(out, &inputs, input.is_dir().then_some(input), args.force)?;
+    let needed = prepared.plan.layout.file_size;
+    match output::free_space(out) {
+        Ok(free) if free < needed => Err(OutputError::NoSpace { path: out.to_path_buf(), needed, free }.into()),
+        _ => Ok(()),
+    }
+}
+
+/// The first SIGINT or SIGTERM sets a flag, the second ends the process.
+fn install_signal_handlers() -> Result<(), Failure> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let flag = &*convert::INTERRUPTED;
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED.into(), flag.clone())
+            .and_then(|_| signal_hook::flag::register(signal, flag.clone()))
+            .map_err(|e| Failure::new(RESOURCE, format!("signal handlers: {e}")))?;
+    }
+    flag.store(false, Ordering::Relaxed);
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! The command line: one file per subcommand, arguments and printing only.
+//!
+//! Results go to stdout, all else to stderr. Exit codes: 0 done, 2 wrong usage, 3 input refused, 4 resource (disk,
+//! memory, permission), 5 interrupted, 70 a defect of this program.
+
+mod args;
+mod bar;
+mod convert;
+mod inspect;
+mod lists;
+mod plan;
+mod print;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::convert::ConvertError;
+
+/// Wrong use of the command line.
+pub const USAGE: u8 = 2;
+/// An input that cannot be converted.
+pub const REFUSED: u8 = 3;
+/// Not enough of something, or not allowed.
+pub const RESOURCE: u8 = 4;
+/// Ended by a signal.
+pub const INTERRUPTED: u8 = 5;
+/// A defect of this program (`EX_SOFTWARE`).
+pub const DEFECT: u8 = 70;
+
+/// Convert a Hugging Face checkpoint to GGUF in one streaming pass.
+///
+/// `ostq-convert IN OUT.gguf` reads a folder with config.json, *.safetensors and tokenizer files (or a GGUF file) and
+/// writes a GGUF file that any llama.cpp loads, with the tensor bytes that convert_hf_to_gguf.py and llama-quantize
+/// write. Memory stays small whatever the size of the model.
+#[derive(Parser)]
+#[command(name = "ostq-convert", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(after_help = "Exit codes: 0 done, 2 wrong usage, 3 input refused, 4 resource, 5 interrupted, 70 a bug.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    convert: args::ConvertArgs,
+    /// Print every type and exit.
+    #[arg(long, exclusive = true)]
+    list_types: bool,
+    /// Print every architecture and exit.
+    #[arg(long, exclusive = true)]
+    list_archs: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Convert (the same as no subcommand).
+    Convert(args::ConvertArgs),
+    /// Show what a conversion would write: types, sizes, memory, warnings. Reads no weights.
+    Plan(args::ConvertArgs),
+    /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
+    Inspect(inspect::InspectArgs),
+    /// Print a completion script.
+    Completions {
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// An error on its way to the user.
+#[derive(Debug)]
+pub struct Failure {
+    pub code: u8,
+    pub message: String,
+}
+
+impl Failure {
+    fn new(code: u8, message: impl ToString) -> Failure {
+        Failure { code, message: message.to_string() }
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(e: std::io::Error) -> Failure {
+        // a closed pipe (`| head`) is no failure
+        let code = if e.kind() == std::io::ErrorKind::BrokenPipe { 0 } else { RESOURCE };
+        Failure::new(code, format!("standard output: {e}"))
+    }
+}
+
+impl From<crate::checkpoint::CheckpointError> for Failure {
+    fn from(e: crate::checkpoint::CheckpointError) -> Failure {
+        use std::io::ErrorKind as Kind;
+        let code = match &e {
+            crate::checkpoint::CheckpointError::Io { source, .. } => match source.kind() {
+                Kind::NotFound | Kind::InvalidInput | Kind::NotADirectory | Kind::InvalidData => REFUSED,
+                _ => RESOURCE,
+            },
+            _ => REFUSED,
+        };
+        Failure::new(code, e)
+    }
+}
+
+impl From<crate::plan::PlanError> for Failure {
+    fn from(e: crate::plan::PlanError) -> Failure {
+        use crate::plan::PlanError as P;
+        match e {
+            P::Checkpoint(e) => e.into(),
+            P::UnusedPattern(_) | P::Prune(_) => Failure::new(USAGE, e),
+            e => Failure::new(REFUSED, e),
+        }
+    }
+}
+
+impl From<crate::convert::OutputError> for Failure {
+    fn from(e: crate::convert::OutputError) -> Failure {
+        use crate::convert::OutputError as O;
+        let code = match e {
+            O::Exists(_) | O::IsInput(_) | O::InsideInput(_) | O::IsFolder(_) | O::NoFolder { .. } => USAGE,
+            O::Busy(_) | O::NoSpace { .. } | O::Io { .. } => RESOURCE,
+        };
+        Failure::new(code, e)
+    }
+}
+
+impl From<ConvertError> for Failure {
+    fn from(e: ConvertError) -> Failure {
+        use crate::convert::WorkError as W;
+        match e {
+            ConvertError::Output(e) => e.into(),
+            ConvertError::Work(W::Read { .. }) | ConvertError::Threads(_) => Failure::new(RESOURCE, e),
+            ConvertError::Work(_) | ConvertError::InputChanged(_) => Failure::new(REFUSED, e),
+            ConvertError::Interrupted => Failure::new(INTERRUPTED, e),
+            ConvertError::Verify(_) => Failure::new(DEFECT, e),
+        }
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let result = std::panic::catch_unwind(|| run(Cli::parse()));
+    match result {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(f)) => {
+            if f.code != 0 {
+                eprintln!("error: {}", f.message);
+            }
+            ExitCode::from(f.code)
+        }
+        Err(_) => {
+            eprintln!("error: this is a defect of ostq-convert; please report it with the message above");
+            ExitCode::from(DEFECT)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    crate::formats::simd::check_env().map_err(|e| Failure::new(USAGE, e))?;
+    if cli.list_types {
+        return lists::types();
+    }
+    if cli.list_archs {
+        return lists::archs();
+    }
+    match cli.command {
+        None if cli.convert.dry_run => plan::run(cli.convert),
+        None => convert::run(cli.convert),
+        Some(Command::Convert(a)) if a.dry_run => plan::run(a),
+        Some(Command::Convert(a)) => convert::run(a),
+        Some(Command::Plan(a)) => plan::run(a),
+        Some(Command::Inspect(a)) => inspect::run(a),
+        Some(Command::Completions { shell }) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "ostq-convert", &mut script);
+            print::stdout(&script)
+        }
+        Some(Command::Man) => {
+            let mut page = Vec::new();
+            clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+            print::stdout(&page)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

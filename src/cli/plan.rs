@@ -1,0 +1,130 @@
+//! `ostq-convert plan IN`, `--dry-run`: what would be written. Reads headers only.
+
+use serde_json::{Value as Json, json};
+
+use super::args::ConvertArgs;
+use super::{Failure, RESOURCE, print};
+use crate::calibration::imatrix::Imatrix;
+use crate::convert::provenance;
+use crate::plan::memory::{self, Memory, human};
+use crate::plan::{Input, Options, Plan};
+
+/// Everything that is known before work starts.
+pub struct Prepared {
+    pub input: Input,
+    pub options: Options,
+    pub plan: Plan,
+    pub imatrix: Option<Imatrix>,
+    pub memory: Memory,
+}
+
+/// Opens the input and makes the plan.
+pub fn prepare(args: &ConvertArgs) -> Result<Prepared, Failure> {
+    let options = args.options()?;
+    let input = Input::open(args.input.as_deref().expect("required by the parser"), &options)?;
+    let r = &options.recipe;
+    let imatrix = match &r.imatrix {
+        Some(path) => {
+            let mut i = Imatrix::load(path)?;
+            i.filter(&r.include_weights, &r.exclude_weights);
+            Some(i)
+        }
+        None => None,
+    };
+    let keys = provenance::keys(&input, r, imatrix.as_ref());
+    let plan = Plan::new(&input, &options, imatrix.as_ref(), keys)?;
+    let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
+        .map_err(|e| Failure::new(RESOURCE, e))?;
+    Ok(Prepared { input, options, plan, imatrix, memory })
+}
+
+/// Prints the plan.
+pub fn run(args: ConvertArgs) -> Result<(), Failure> {
+    let p = prepare(&args)?;
+    if args.print_recipe {
+        return print::stdout(p.options.recipe.to_toml().as_bytes());
+    }
+    if args.json {
+        let json = to_json(&p.plan, &p.input, &p.memory);
+        return print::stdout(format!("{json:#}\n").as_bytes());
+    }
+    print::stdout(text(&p).as_bytes())
+}
+
+fn dims(d: &[u64]) -> String {
+    d.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ")
+}
+
+fn text(p: &Prepared) -> String {
+    let mut rows = vec![["tensor", "shape", "from", "to", "bytes", "bpw", ""].map(String::from).to_vec()];
+    for t in &p.plan.tensors {
+        let s = &p.input.source.tensors()[t.source];
+        let note = match (t.fallback_from, &t.importance) {
+            (Some(f), _) => format!("instead of {f}: {} columns", t.row_len()),
+            (None, Some(_)) => "imatrix".to_string(),
+            _ => String::new(),
+        };
+        rows.push(vec![
+            t.name.clone(),
+            dims(&t.dims),
+            s.stored.to_string(),
+            t.ty.to_string(),
+            t.bytes.to_string(),
+            format!("{:.2}", t.bytes as f64 * 8.0 / t.elements().max(1) as f64),
+            note,
+        ]);
+    }
+    let mut text = print::table(&rows, &[false, false, false, false, true, true, false]);
+    text.push('\n');
+    let mut facts = vec![
+        vec!["type".to_string(), p.plan.type_name.clone()],
+        vec!["weights".to_string(), p.plan.elements().to_string()],
+        vec!["bits per weight".to_string(), format!("{:.4}", p.plan.bits_per_weight())],
+        vec![
+            "disk needed".to_string(),
+            format!("{} ({} bytes)", human(p.plan.layout.file_size), p.plan.layout.file_size),
+        ],
+        vec![
+            "memory needed".to_string(),
+            format!("at most {}, with {} threads", human(p.memory.peak), p.memory.threads),
+        ],
+    ];
+    facts.extend(p.input.summary.iter().map(|(k, v)| vec![k.clone(), v.clone()]));
+    text += &print::table(&facts, &[]);
+    for w in &p.plan.warnings {
+        text += &format!("warning: {w}\n");
+    }
+    text
+}
+
+/// The plan for machines.
+pub fn to_json(plan: &Plan, input: &Input, memory: &Memory) -> Json {
+    let tensors: Vec<Json> = plan
+        .tensors
+        .iter()
+        .map(|t| {
+            let s = &input.source.tensors()[t.source];
+            json!({
+                "name": t.name,
+                "dims": t.dims,
+                "source": s.origin,
+                "source_type": s.stored.name(),
+                "type": t.ty.name(),
+                "offset": t.offset,
+                "bytes": t.bytes,
+                "instead_of": t.fallback_from.map(|f| f.name()),
+                "imatrix": t.importance.is_some(),
+            })
+        })
+        .collect();
+    json!({
+        "type": plan.type_name,
+        "weights": plan.elements(),
+        "bits_per_weight": plan.bits_per_weight(),
+        "file_size": plan.layout.file_size,
+        "memory": memory.peak,
+        "threads": memory.threads,
+        "tensors": tensors,
+        "warnings": plan.warnings,
+    })
+}

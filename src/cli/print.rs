@@ -1,0 +1,34 @@
+//! Standard output, where a closed pipe is no error, and tables.
+
+use std::io::Write;
+
+use super::Failure;
+
+/// Writes `bytes` to standard output.
+pub fn stdout(bytes: &[u8]) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(bytes)?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Rows of cells, columns padded to their widest cell; numbers (`right`) to the right.
+pub fn table(rows: &[Vec<String>], right: &[bool]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (c, cell) in row.iter().enumerate() {
+            if c > 0 {
+                line.push_str("  ");
+            }
+            let w = widths[c];
+            if right.get(c) == Some(&true) { line += &format!("{cell:>w$}") } else { line += &format!("{cell:<w$}") }
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}

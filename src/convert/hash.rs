@@ -1,0 +1,102 @@
+//! sha256 of the input files, computed beside the conversion.
+//!
+//! One thread walks each file from front to back, just behind what the workers are told to read, so that the pages are
+//! still in the page cache and the disk is read once. It reads through its own small buffer: no resident pages.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::thread::{Scope, ScopedJoinHandle};
+
+use sha2::{Digest, Sha256};
+
+use crate::calibration::imatrix::hex;
+use crate::mapped::MappedFile;
+
+const BUFFER: usize = 1 << 18;
+
+/// The thread and its limits.
+pub struct Hasher<'scope> {
+    shared: std::sync::Arc<Shared>,
+    thread: ScopedJoinHandle<'scope, Result<Vec<String>, (PathBuf, io::Error)>>,
+}
+
+struct Shared {
+    /// Bytes of each file that may be read now.
+    limits: Vec<AtomicUsize>,
+    stop: AtomicBool,
+    lock: Mutex<()>,
+    moved: Condvar,
+}
+
+impl<'scope> Hasher<'scope> {
+    /// Starts hashing `files`, nothing allowed yet.
+    pub fn start<'env>(scope: &'scope Scope<'scope, 'env>, files: &'env [MappedFile]) -> Hasher<'scope> {
+        let shared = std::sync::Arc::new(Shared {
+            limits: files.iter().map(|_| AtomicUsize::new(0)).collect(),
+            stop: AtomicBool::new(false),
+            lock: Mutex::new(()),
+            moved: Condvar::new(),
+        });
+        let theirs = shared.clone();
+        let thread = scope.spawn(move || {
+            files
+                .iter()
+                .enumerate()
+                .map(|(i, f)| digest(f, i, &theirs).map_err(|e| (f.path().to_path_buf(), e)))
+                .collect()
+        });
+        Hasher { shared, thread }
+    }
+
+    /// Bytes `0..end` of file `index` may be read: workers have reached them.
+    pub fn allow(&self, index: usize, end: usize) {
+        self.shared.limits[index].fetch_max(end, Ordering::Relaxed);
+        self.shared.moved.notify_all();
+    }
+
+    /// Lets the thread finish (or stop, if not `complete`); the digests in lower-case hex, in the order of the files.
+    pub fn finish(self, complete: bool) -> Result<Vec<String>, (PathBuf, io::Error)> {
+        for l in &self.shared.limits {
+            l.store(usize::MAX, Ordering::Relaxed);
+        }
+        if !complete {
+            self.shared.stop.store(true, Ordering::Relaxed);
+        }
+        self.shared.moved.notify_all();
+        self.thread.join().expect("the hasher does not panic")
+    }
+}
+
+fn digest(file: &MappedFile, index: usize, shared: &Shared) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut input = File::open(file.path())?;
+    let mut buffer = vec![0u8; BUFFER];
+    let mut done = 0usize;
+    while !shared.stop.load(Ordering::Relaxed) {
+        wait_for(shared, index, done);
+        match input.read(&mut buffer)? {
+            0 => break,
+            n => {
+                hash.update(&buffer[..n]);
+                done += n;
+            }
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+fn wait_for(shared: &Shared, index: usize, done: usize) {
+    let reached = || shared.limits[index].load(Ordering::Relaxed) > done || shared.stop.load(Ordering::Relaxed);
+    if reached() {
+        return;
+    }
+    let mut guard = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
+    while !reached() {
+        // a missed wake-up costs one tick
+        (guard, _) =
+            shared.moved.wait_timeout(guard, std::time::Duration::from_millis(5)).unwrap_or_else(|e| e.into_inner());
+    }
+}

@@ -1,0 +1,66 @@
+//! `ostq.*` keys: which version and recipe made a file, from which bytes. Nothing local, no time.
+//!
+//! Digests of the input are known only when it has been read; the header is laid out before that, so the keys are
+//! planned with placeholders of the same length and filled in at the end.
+
+use sha2::{Digest, Sha256};
+
+use crate::calibration::imatrix::{Imatrix, hex};
+use crate::gguf::{self, Array, Metadata, Value};
+use crate::plan::{Input, Plan, Recipe};
+
+const SOURCE_SHA256: &str = "ostq.source.sha256";
+/// Length of a sha256 in hex.
+const HEX: usize = 64;
+
+/// The keys, with placeholders for the digests of the source files.
+pub fn keys(input: &Input, recipe: &Recipe, imatrix: Option<&Imatrix>) -> Metadata {
+    if recipe.no_provenance {
+        return Metadata::new();
+    }
+    let mut keys = Metadata::new();
+    keys.push(("ostq.version".into(), Value::from(env!("CARGO_PKG_VERSION"))));
+    keys.push(("ostq.recipe".into(), Value::from(recipe.to_portable_toml())));
+    if let Some(i) = imatrix {
+        keys.push(("ostq.imatrix.sha256".into(), Value::from(i.sha256.as_str())));
+    }
+    let names: Vec<String> = input
+        .source
+        .files()
+        .iter()
+        .map(|f| f.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()))
+        .collect();
+    if !names.is_empty() {
+        let blank = " ".repeat(HEX);
+        keys.push((SOURCE_SHA256.into(), Value::strs(names.iter().map(|_| blank.as_str()))));
+        keys.push(("ostq.source.files".into(), Value::strs(&names)));
+    }
+    keys
+}
+
+/// True if the plan has a place for the digests of the input.
+pub fn is_wanted(metadata: &Metadata) -> bool {
+    gguf::value::get(metadata, SOURCE_SHA256).is_some()
+}
+
+/// Puts the digests into the planned header.
+pub fn fill(plan: &mut Plan, hashes: &[String]) {
+    for (key, value) in &mut plan.metadata {
+        if key == SOURCE_SHA256 {
+            *value = Value::Array(Array::Str(hashes.iter().map(|h| h.as_bytes().to_vec()).collect()));
+        }
+    }
+    let specs: Vec<gguf::TensorSpec> = plan
+        .tensors
+        .iter()
+        .map(|t| gguf::TensorSpec { name: t.name.clone(), dims: t.dims.clone(), ty: t.ty })
+        .collect();
+    let layout = gguf::layout(&plan.metadata, &specs, plan.big_endian).expect("it was laid out before");
+    assert_eq!(layout.header.len(), plan.layout.header.len(), "placeholders have the length of digests");
+    plan.layout.header = layout.header;
+}
+
+/// sha256 of a byte string, in hex.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}

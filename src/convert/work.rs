@@ -1,0 +1,270 @@
+//! Work items and what a worker does with one.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use super::hash::Hasher;
+use super::output::{OutputError, PartFile};
+use super::{ConvertError, INTERRUPTED, Run};
+use crate::formats::{self, BlockFormat, FormatError};
+use crate::gguf::GgmlType;
+use crate::plan::PlannedTensor;
+use crate::plan::memory::rows_per_item;
+
+/// A tensor that cannot be converted: which, where, why.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkError {
+    #[error(
+        "{}: tensor `{tensor}`: {value} at element {index} (row {row}, column {column}): the checkpoint is damaged",
+        file.display()
+    )]
+    NotFinite { file: PathBuf, tensor: String, index: u64, row: u64, column: u64, value: f32 },
+    #[error(
+        "{}: tensor `{tensor}`: {value:e} at element {index} does not fit in f16 (largest 65504); take bf16, or accept \
+         infinities with --allow-f16-overflow",
+        file.display()
+    )]
+    F16Overflow { file: PathBuf, tensor: String, index: u64, value: f32 },
+    #[error("{}: tensor `{tensor}`, row {row}: {source}", file.display())]
+    Format { file: PathBuf, tensor: String, row: u64, source: FormatError },
+    #[error("{}: {source}", file.display())]
+    Read { file: PathBuf, source: std::io::Error },
+}
+
+struct Item {
+    tensor: usize,
+    rows: Range<u64>,
+}
+
+/// Buffers of one worker, reused from item to item.
+#[derive(Default)]
+struct Buffers {
+    values: Vec<f32>,
+    rounded: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+/// Converts everything; the number of f16 overflows that were accepted.
+pub fn run(run: &Run, out: &PartFile, pool: &rayon::ThreadPool, hasher: Option<&Hasher>) -> Result<u64, ConvertError> {
+    let items = items(run);
+    let next = AtomicUsize::new(0);
+    let failed: Mutex<Option<(usize, ConvertError)>> = Mutex::new(None);
+    let stop = AtomicBool::new(false);
+    let overflows = AtomicU64::new(0);
+    let left: Vec<AtomicU64> = run.plan.tensors.iter().map(|t| AtomicU64::new(t.rows())).collect();
+    pool.scope(|scope| {
+        for _ in 0..run.memory.threads {
+            scope.spawn(|_| {
+                let mut buffers = Buffers::default();
+                while !stop.load(Ordering::Relaxed) && !INTERRUPTED.load(Ordering::Relaxed) {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(i) else { break };
+                    match convert(run, out, hasher, item, &mut buffers) {
+                        Ok(n) => {
+                            overflows.fetch_add(n, Ordering::Relaxed);
+                            finish(run, item, &left);
+                        }
+                        Err(e) => {
+                            stop.store(true, Ordering::Relaxed);
+                            let mut slot = failed.lock().unwrap_or_else(|e| e.into_inner());
+                            // the first item in order wins, whatever the threads did
+                            if slot.as_ref().is_none_or(|(at, _)| i < *at) {
+                                *slot = Some((i, e));
+                            }
+                        }
+                    }
+                }
+            });
+        }
+    });
+    match failed.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        Some((_, e)) => Err(e),
+        None => {
+            super::stop_if_interrupted()?;
+            Ok(overflows.into_inner())
+        }
+    }
+}
+
+/// Every run of rows, in the order in which the input files hold them.
+fn items(run: &Run) -> Vec<Item> {
+    let sources = run.input.source.tensors();
+    let mut order: Vec<usize> = (0..run.plan.tensors.len()).collect();
+    order.sort_by_key(|&i| {
+        let s = &sources[run.plan.tensors[i].source];
+        (s.file, s.position)
+    });
+    let mut items = Vec::new();
+    for tensor in order {
+        let t = &run.plan.tensors[tensor];
+        let group = sources[t.source].row_group;
+        // importance has one row per expert: an item stays within one
+        let inner = t.dims.get(1).copied().unwrap_or(1).max(1);
+        let step = rows_per_item(t.row_len(), t.rows(), group, run.memory.chunk);
+        for matrix in 0..t.rows() / inner {
+            let (mut at, end) = (matrix * inner, (matrix + 1) * inner);
+            while at < end {
+                let to = (at + step).min(end);
+                items.push(Item { tensor, rows: at..to });
+                at = to;
+            }
+        }
+    }
+    items
+}
+
+fn finish(run: &Run, item: &Item, left: &[AtomicU64]) {
+    let t = &run.plan.tensors[item.tensor];
+    let s = &run.input.source.tensors()[t.source];
+    let n = item.rows.end - item.rows.start;
+    run.progress.advance(s.stored_bytes * n / t.rows().max(1));
+    if left[item.tensor].fetch_sub(n, Ordering::Relaxed) == n {
+        run.progress.tensor(&t.name);
+    }
+}
+
+fn convert(
+    run: &Run,
+    out: &PartFile,
+    hasher: Option<&Hasher>,
+    item: &Item,
+    b: &mut Buffers,
+) -> Result<u64, ConvertError> {
+    let t = &run.plan.tensors[item.tensor];
+    let source = &*run.input.source;
+    let s = &source.tensors()[t.source];
+    let (rows, n) = (item.rows.clone(), (item.rows.end - item.rows.start) as usize);
+    let row_len = t.row_len() as usize;
+    if let (Some(h), Some(file)) = (hasher, s.file) {
+        let done = s.stored_bytes * rows.end / t.rows().max(1);
+        h.allow(file, s.position + done as usize);
+    }
+    let row_bytes = (t.bytes / t.rows().max(1)) as usize;
+    b.bytes.resize(n * row_bytes, 0);
+    let fail = Fail { run, t, first: rows.start * t.row_len() };
+    let mut overflows = 0;
+    if t.ty == s.stored && t.via == s.stored {
+        source.copy_rows(t.source, rows.clone(), &mut b.bytes);
+        validate(&fail, s.stored, &b.bytes, rows.start, row_len)?;
+    } else {
+        b.values.resize(n * row_len, 0.0);
+        source.read_rows(t.source, rows.clone(), &mut b.values);
+        if let Some(i) = formats::simd::find_non_finite(&b.values) {
+            return Err(fail.not_finite(i, b.values[i]).into());
+        }
+        if t.via != s.stored && matches!(t.via, GgmlType::F16 | GgmlType::BF16) && t.ty != t.via {
+            overflows += round_through(&fail, t.via, b, row_len)?;
+        }
+        let weights = importance(run, t, rows.start);
+        let format = format_of(t.ty);
+        format
+            .encode(&b.values, row_len, weights, &mut b.bytes)
+            .map_err(|source| fail.format(source, rows.start))?;
+        if t.ty == GgmlType::F16 {
+            overflows += fail.f16_overflows(&b.values, &b.bytes)?;
+        } else {
+            format.validate(&b.bytes).map_err(|source| fail.format(source, rows.start))?;
+        }
+    }
+    if run.plan.big_endian {
+        swap_bytes(t.ty, &mut b.bytes);
+    }
+    out.write_at(&b.bytes, t.offset + rows.start * row_bytes as u64)?;
+    source.release(t.source, rows);
+    Ok(overflows)
+}
+
+/// Checks bytes that are copied as they are.
+fn validate(fail: &Fail, ty: GgmlType, bytes: &[u8], row: u64, row_len: usize) -> Result<(), ConvertError> {
+    let Some(format) = formats::format(ty) else { return Ok(()) }; // integers
+    match format.validate(bytes) {
+        Ok(()) => Ok(()),
+        Err(FormatError::NotFinite { index, value }) => Err(fail.not_finite(index, value).into()),
+        Err(source) => {
+            let row = match source {
+                FormatError::BadScale { block } => row + (block * ty.block_len() / row_len) as u64,
+                _ => row,
+            };
+            Err(fail.format(source, row).into())
+        }
+    }
+}
+
+/// The two-step way: values become what the intermediate file would hold.
+fn round_through(fail: &Fail, via: GgmlType, b: &mut Buffers, row_len: usize) -> Result<u64, ConvertError> {
+    let format = format_of(via);
+    b.rounded.resize(b.values.len() * via.block_bytes(), 0);
+    format.encode(&b.values, row_len, None, &mut b.rounded).map_err(|source| fail.format(source, 0))?;
+    let n = if via == GgmlType::F16 { fail.f16_overflows(&b.values, &b.rounded)? } else { 0 };
+    format.decode(&b.rounded, &mut b.values);
+    Ok(n)
+}
+
+fn format_of(ty: GgmlType) -> &'static dyn BlockFormat {
+    formats::format(ty).expect("the plan holds only types that can be encoded")
+}
+
+/// Importance of the columns, for the expert that row `row` belongs to.
+fn importance<'a>(run: &Run<'a>, t: &PlannedTensor, row: u64) -> Option<&'a [f32]> {
+    let values = run.imatrix?.entries.get(t.importance.as_ref()?)?;
+    let n = t.row_len() as usize;
+    let expert = (row / t.dims.get(1).copied().unwrap_or(1).max(1)) as usize;
+    values.get(expert * n..(expert + 1) * n)
+}
+
+fn swap_bytes(ty: GgmlType, bytes: &mut [u8]) {
+    for element in bytes.chunks_exact_mut(ty.block_bytes()) {
+        element.reverse();
+    }
+}
+
+/// Names the place of an error.
+struct Fail<'a, 'r> {
+    run: &'a Run<'r>,
+    t: &'a PlannedTensor,
+    /// Element at which the item begins.
+    first: u64,
+}
+
+impl Fail<'_, '_> {
+    fn file(&self) -> PathBuf {
+        let source = &self.run.input.source;
+        let file = source.tensors()[self.t.source].file;
+        file.map_or_else(PathBuf::new, |f| source.files()[f].path().to_path_buf())
+    }
+
+    fn tensor(&self) -> String {
+        self.run.input.source.tensors()[self.t.source].origin.clone()
+    }
+
+    fn not_finite(&self, index: usize, value: f32) -> WorkError {
+        let index = self.first + index as u64;
+        let n = self.t.row_len().max(1);
+        let column = index % n;
+        let row = self.run.input.source.stored_row(self.t.source, index / n);
+        let index = row * n + column;
+        WorkError::NotFinite { file: self.file(), tensor: self.tensor(), index, row, column, value }
+    }
+
+    fn format(&self, source: FormatError, row: u64) -> WorkError {
+        WorkError::Format { file: self.file(), tensor: self.tensor(), row, source }
+    }
+
+    /// Finite values that became infinite: an error, or their number if that is allowed.
+    fn f16_overflows(&self, values: &[f32], halves: &[u8]) -> Result<u64, WorkError> {
+        let infinite = |h: &[u8; 2]| u16::from_le_bytes(*h) & 0x7fff == 0x7c00;
+        let halves = halves.as_chunks::<2>().0;
+        match halves.iter().position(infinite) {
+            None => Ok(0),
+            Some(_) if self.run.allow_f16_overflow => Ok(halves.iter().filter(|h| infinite(h)).count() as u64),
+            Some(i) => Err(WorkError::F16Overflow {
+                file: self.file(),
+                tensor: self.tensor(),
+                index: self.first + i as u64,
+                value: values[i],
+            }),
+        }
+    }
+}
