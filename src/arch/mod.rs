@@ -3,6 +3,7 @@
 //! Facts: `conversion/*.py` and `gguf-py/gguf/tensor_mapping.py` of llama.cpp b11434.
 
 mod llama;
+pub mod metadata;
 mod qwen;
 
 /// A dimension of an expected tensor shape, by name in the config.

@@ -120,20 +120,6 @@ impl General {
         self.texts.iter().find(|(k, _)| *k == key).map(|(_, v)| v.as_str())
     }
 
-    /// The name of the output file, without extension, when none is given.
-    pub fn file_stem(&self, encoding: Option<&str>, vocab_only: bool) -> String {
-        let size = self.text("size_label").filter(|_| !vocab_only);
-        naming::file_stem(
-            self.text("name"),
-            self.text("basename"),
-            self.text("finetune"),
-            self.text("version"),
-            size,
-            encoding.filter(|_| !vocab_only),
-            vocab_only,
-        )
-    }
-
     /// Writes the keys. Empty texts and lists are not written.
     pub fn write(&self, metadata: &mut Metadata, warnings: &mut Vec<String>) {
         self.sampling.write(metadata, warnings);

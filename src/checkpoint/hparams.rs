@@ -16,6 +16,8 @@ use crate::arch::{Architecture, Default as ClassDefault};
 const MAX_LAYERS: u64 = 512;
 /// No model is near this; it keeps every product of two dimensions inside u64 and every allocation sane.
 const MAX_WIDTH: u64 = 1 << 24;
+/// Four times the largest vocabulary published: a token list is filled up to this size.
+const MAX_VOCAB: u64 = 1 << 22;
 
 /// The hyper-parameters that shape tensors and metadata. All dimensions are at least 1 and at most 2^24.
 #[derive(Clone, Debug)]
@@ -108,7 +110,7 @@ impl Hparams {
             kv_heads,
             head_dim,
             explicit_head_dim,
-            vocab_size: r.required(&["vocab_size"], MAX_WIDTH)?,
+            vocab_size: r.required(&["vocab_size"], MAX_VOCAB)?,
             context_length,
             rms_eps: r.positive_float(&["rms_norm_eps", "norm_eps"])?,
             rope: Rope::read(config, r.default_float("rope_theta").unwrap_or(10000.0), context_length, head_dim)?,
