@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::hash::Hasher;
-use super::output::{OutputError, PartFile};
+use super::output::PartFile;
 use super::{ConvertError, INTERRUPTED, Run};
 use crate::formats::{self, BlockFormat, FormatError};
 use crate::gguf::GgmlType;
@@ -151,7 +151,7 @@ fn convert(
     } else {
         b.values.resize(n * row_len, 0.0);
         source.read_rows(t.source, rows.clone(), &mut b.values);
-        if let Some(i) = formats::simd::find_non_finite(&b.values) {
+        if let Some(i) = formats::simd::convert::find_non_finite(&b.values) {
             return Err(fail.not_finite(i, b.values[i]).into());
         }
         if t.via != s.stored && matches!(t.via, GgmlType::F16 | GgmlType::BF16) && t.ty != t.via {

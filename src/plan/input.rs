@@ -20,8 +20,6 @@ pub struct Input {
     pub summary: Vec<(String, String)>,
     /// The input is a GGUF file.
     pub is_gguf: bool,
-    /// Stem of the default output name.
-    pub name: String,
     /// The type that `auto` stands for.
     pub auto: OutType,
 }
@@ -66,7 +64,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
             format!("`{}` checkpoints cannot be read; take the original 16-bit checkpoint (fp8 can be read)", q.method),
         ));
     }
-    let mut parameters = ParamCount::default();
+    let mut params = ParamCount::default();
     let mut embedding_rows = None;
     let (source, auto): (Box<dyn TensorSource>, OutType) = if r.vocab_only {
         (Box::new(NoWeights), OutType::F16)
@@ -78,7 +76,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
         let source = CheckpointSource::new(weights, arch, &hp, computed.into_iter().collect(), map)?;
         for t in source.tensors() {
             let shape: Vec<u64> = t.dims.iter().rev().copied().collect();
-            parameters.add(&t.name, &shape);
+            params.add(&t.name, &shape);
             if t.name == "token_embd.weight" {
                 embedding_rows = Some(t.rows());
             }
@@ -89,7 +87,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
     let file_type = match options.target {
         Target::Outtype(Some(o)) => o.file_type() as u32,
         Target::Outtype(None) => auto.file_type() as u32,
-        Target::Quantize(_) | Target::Copy => via_type(options.via, auto) as u32,
+        Target::Quantize(_) | Target::Copy => via_type(options.via, &*source) as u32,
     };
     let built = metadata::build(
         path,
@@ -102,9 +100,8 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
             chat_template: r.chat_template.clone(),
             pre: r.pre.clone(),
             file_type,
-            vocab_only: r.vocab_only,
             embedding_rows,
-            parameters,
+            params,
         },
     )?;
     Ok(Input {
@@ -113,15 +110,18 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
         warnings: built.warnings,
         summary: built.summary,
         is_gguf: false,
-        name: built.file_stem,
         auto,
     })
 }
 
-/// `general.file_type` of the file between the two steps.
-fn via_type(via: Via, auto: OutType) -> super::FileType {
+/// `general.file_type` of the file between the two steps; `auto` is named after its first matrix.
+fn via_type(via: Via, source: &dyn TensorSource) -> super::FileType {
     match via {
-        Via::Auto => auto.file_type(),
+        Via::Auto => match source.tensors().iter().find(|t| t.dims.len() >= 2).map(|t| t.stored) {
+            Some(GgmlType::BF16) => super::FileType::BF16,
+            Some(GgmlType::F16) => super::FileType::F16,
+            _ => super::FileType::F32,
+        },
         Via::F32 => OutType::F32.file_type(),
         Via::F16 => OutType::F16.file_type(),
         Via::BF16 => OutType::BF16.file_type(),
@@ -143,7 +143,6 @@ fn open_file(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
     if let Some(t) = unreadable.filter(|_| options.target != Target::Copy) {
         return Err(CheckpointError::tensor(path, &t.name, format!("{} can only be copied (--type copy)", t.stored)));
     }
-    let name = path.file_stem().map_or_else(|| "model".into(), |s| s.to_string_lossy().into_owned());
     let has_bf16 = source.tensors().iter().any(|t| t.stored == GgmlType::BF16);
     Ok(Input {
         source: Box::new(source),
@@ -151,7 +150,6 @@ fn open_file(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
         warnings: Vec::new(),
         summary: Vec::new(),
         is_gguf: true,
-        name,
         auto: if has_bf16 { OutType::BF16 } else { OutType::F16 },
     })
 }
