@@ -32,7 +32,10 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         return Err(CheckpointError::key(
             &request.config.file,
             "vocab_size",
-            format!("{}, but tokenizer.json has ids up to {largest}{rows}: the files do not belong together", request.vocab_size),
+            format!(
+                "{}, but tokenizer.json has ids up to {largest}{rows}: the files do not belong together",
+                request.vocab_size
+            ),
         ));
     }
     let special = special_texts(files);
@@ -46,7 +49,11 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         let i = *id as usize;
         if types[i] != TokenType::Unused {
             let other = String::from_utf8_lossy(&tokens[i]).into_owned();
-            return Err(CheckpointError::key(&file, "model.vocab", format!("`{other}` and `{text}` have the same id {id}")));
+            return Err(CheckpointError::key(
+                &file,
+                "model.vocab",
+                format!("`{other}` and `{text}` have the same id {id}"),
+            ));
         }
         types[i] = match () {
             () if is_byte(text) => TokenType::Byte,
@@ -60,7 +67,11 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
     for token in added.iter().filter(|a| !in_base.contains(a.content.as_str())) {
         let i = token.id as usize;
         if types[i] != TokenType::Unused {
-            report.warn(format!("{}: id {i} stands for two tokens; the added one, `{}`, counts", file.display(), token.content));
+            report.warn(format!(
+                "{}: id {i} stands for two tokens; the added one, `{}`, counts",
+                file.display(),
+                token.content
+            ));
         }
         let control = special.contains(&token.content);
         types[i] = if control { TokenType::Control } else { TokenType::UserDefined };
@@ -91,7 +102,10 @@ fn is_sentencepiece(tokenizer: &Map<String, Json>) -> bool {
 /// `<0x00>` to `<0xFF>`.
 fn is_byte(text: &str) -> bool {
     text.len() == 6
-        && text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit()))
+        && text
+            .strip_prefix("<0x")
+            .and_then(|t| t.strip_suffix('>'))
+            .is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// Scores as a SentencePiece BPE model has them: the tokens that merges make, in the order in which merges first make them,
@@ -107,7 +121,8 @@ fn ranked_scores<'a>(base: &[(&'a str, u64)], merges: &[String]) -> HashMap<&'a 
             next += 1;
         }
     }
-    let mut characters: Vec<(u64, &str)> = base.iter().filter(|(t, _)| by_text.contains_key(t)).map(|(t, id)| (*id, *t)).collect();
+    let mut characters: Vec<(u64, &str)> =
+        base.iter().filter(|(t, _)| by_text.contains_key(t)).map(|(t, id)| (*id, *t)).collect();
     characters.retain(|(_, t)| t.chars().count() == 1);
     characters.sort_unstable();
     for (_, text) in characters {

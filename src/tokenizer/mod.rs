@@ -95,7 +95,11 @@ pub fn write(metadata: &mut Metadata, request: &Request<'_>) -> Result<Report, C
 }
 
 fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result<Vocab, CheckpointError> {
-    if request.order == VocabOrder::Llama && files.has("tekken.json") && files.tokenizer.is_none() && !files.has("tokenizer.model") {
+    if request.order == VocabOrder::Llama
+        && files.has("tekken.json")
+        && files.tokenizer.is_none()
+        && !files.has("tokenizer.model")
+    {
         return Err(CheckpointError::file(
             request.folder.join("tekken.json"),
             "Mistral's own tokenizer format is not supported; tokenizer.json of the Hugging Face form of the model is needed",

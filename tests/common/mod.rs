@@ -33,7 +33,9 @@ impl Golden {
     /// The names of its variants that begin with `prefix` and are neither errors nor copies.
     pub fn variants(&self, prefix: &str) -> Vec<&str> {
         let all = self.0["variants"].as_object().unwrap().iter();
-        all.filter(|(name, v)| name.starts_with(prefix) && v.get("kv").is_some()).map(|(name, _)| name.as_str()).collect()
+        all.filter(|(name, v)| name.starts_with(prefix) && v.get("kv").is_some())
+            .map(|(name, _)| name.as_str())
+            .collect()
     }
 
     /// [key, type, value] in the order of the file.
@@ -67,7 +69,11 @@ pub fn digest(bytes: &[u8]) -> String {
 /// A value as a golden holds it: [type, value], with long ones as length and digest.
 pub fn manifest(value: &Value) -> (String, Json) {
     let array = |name: &str, items: Vec<Json>, bytes: Vec<u8>| {
-        let shown = if items.len() > 8 { serde_json::json!({"len": items.len(), "sha256": digest(&bytes)}) } else { Json::Array(items) };
+        let shown = if items.len() > 8 {
+            serde_json::json!({"len": items.len(), "sha256": digest(&bytes)})
+        } else {
+            Json::Array(items)
+        };
         (format!("arr:{name}"), shown)
     };
     match value {
@@ -85,9 +91,11 @@ pub fn manifest(value: &Value) -> (String, Json) {
         Value::Array(Array::I32(v)) => {
             array("i32", v.iter().map(|n| (*n).into()).collect(), v.iter().flat_map(|n| n.to_le_bytes()).collect())
         }
-        Value::Array(Array::F32(v)) => {
-            array("f32", v.iter().map(|n| f64::from(*n).into()).collect(), v.iter().flat_map(|n| n.to_le_bytes()).collect())
-        }
+        Value::Array(Array::F32(v)) => array(
+            "f32",
+            v.iter().map(|n| f64::from(*n).into()).collect(),
+            v.iter().flat_map(|n| n.to_le_bytes()).collect(),
+        ),
         other => panic!("the reference writes no {other:?}"),
     }
 }
