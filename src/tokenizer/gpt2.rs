@@ -7,9 +7,9 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use serde_json::{Map, Value as Json, json};
-use tokenizers::Tokenizer;
 
 use super::files::{Added, Files};
+use super::library::Library;
 use super::pre::structure::Structure;
 use super::pre::{self, Chosen};
 use super::vocab::{TokenType, Vocab, looks_special, visible_spaces};
@@ -38,19 +38,15 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
             format!("`{kind}`; this architecture needs BPE, or a SentencePiece tokenizer.model"),
         ));
     }
-    let library = match Tokenizer::from_bytes(files.tokenizer_text.as_deref().unwrap_or_default()) {
-        Ok(t) => Some(t),
+    let library = match Library::load(files.tokenizer_text.as_deref().unwrap_or_default(), tokenizer) {
+        Ok(library) => Some(library),
         Err(e) => {
-            report.warn(format!(
-                "{}: the tokenizers library does not take it ({e}); only its structure is read",
-                file.display()
-            ));
+            report.warn(format!("{}: cannot be used as a tokenizer ({e}); only its structure is read", file.display()));
             None
         }
     };
-    let library = library.map(without_limits);
     let Chosen { name, reason, warning } = {
-        let hash = library.as_ref().and_then(|t| match pre::hash(t) {
+        let hash = library.as_ref().and_then(|l| match l.hash() {
             Ok(hash) => Some(hash),
             Err(e) => {
                 report.warn(format!("{}: the check text cannot be encoded: {e}", file.display()));
@@ -111,19 +107,9 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
     })
 }
 
-fn without_limits(mut tokenizer: Tokenizer) -> Tokenizer {
-    // `AutoTokenizer.encode` neither truncates nor pads, whatever tokenizer.json says.
-    let _ = tokenizer.with_truncation(None);
-    tokenizer.with_padding(None);
-    tokenizer
-}
-
 /// An added token that is matched before normalization is written as it reads after encoding and decoding.
-fn as_matched(token: &Added, library: Option<&Tokenizer>) -> String {
-    let round_trip = || {
-        let ids = library?.encode(token.content.as_str(), false).ok()?;
-        library?.decode(ids.get_ids(), false).ok()
-    };
+fn as_matched(token: &Added, library: Option<&Library>) -> String {
+    let round_trip = || library?.round_trip(&token.content).ok();
     if token.normalized { token.content.clone() } else { round_trip().unwrap_or_else(|| token.content.clone()) }
 }
 

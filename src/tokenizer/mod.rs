@@ -7,6 +7,7 @@
 
 pub mod files;
 pub mod gpt2;
+pub mod library;
 pub mod llama_hf;
 pub mod pre;
 pub mod sentencepiece;
