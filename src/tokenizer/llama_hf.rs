@@ -64,6 +64,17 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         scores[i] = if marked.contains(text) { ADDED_SCORE } else { ranked.get(text).copied().unwrap_or(0.0) };
         tokens[i] = text.as_bytes().to_vec();
     }
+    let unmade = |(text, _): &&(&str, u64)| {
+        !ranked.contains_key(text) && !is_byte(text) && !marked.contains(text) && !special.contains(*text)
+    };
+    let mut unmade = base.iter().filter(unmade);
+    if let Some((first, _)) = unmade.next() {
+        let n = 1 + unmade.count();
+        report.warn(format!(
+            "{}: no merge makes `{first}` ({n} such tokens); llama.cpp may form it nevertheless",
+            file.display()
+        ));
+    }
     for token in added.iter().filter(|a| !in_base.contains(a.content.as_str())) {
         let i = token.id as usize;
         if types[i] != TokenType::Unused {

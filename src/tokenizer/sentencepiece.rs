@@ -156,6 +156,9 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
     }
     let model =
         Model::parse(&bytes).map_err(|e| CheckpointError::file(&file, format!("not a SentencePiece model: {e}")))?;
+    if let Some(i) = model.pieces.iter().position(|p| std::str::from_utf8(p.text).is_err()) {
+        return Err(CheckpointError::file(&file, format!("piece {i} is not UTF-8: the file is damaged")));
+    }
     if model.model_type != 2 {
         report.warn(format!(
             "{}: not a BPE model (model_type {}); llama.cpp merges by score, which may give other ids",
