@@ -34,7 +34,9 @@ pub struct MetadataOptions {
     pub pre: Option<String>,
     /// `general.file_type` (`llama_ftype`).
     pub file_type: u32,
-    /// The tensors that will be written, for the size label: none for `--vocab-only`.
+    /// `--vocab-only`: no tensors are written, so they do not count for size labels.
+    pub vocab_only: bool,
+    /// The tensors that will be written, for the size label.
     pub params: ParamCount,
     /// Rows of `model.embed_tokens.weight`, to check the vocabulary against.
     pub embedding_rows: Option<u64>,
@@ -89,7 +91,8 @@ pub fn build(
     value::set(&mut metadata, "general.architecture", arch.gguf.into());
     value::set(&mut metadata, "general.type", "model".into());
     let naming = Naming { model_name: options.model_name.as_deref(), metadata_file: options.metadata_file.as_deref() };
-    let general = General::gather(folder, config, naming, &options.params, &mut warnings)?;
+    let params = if options.vocab_only { ParamCount::default() } else { options.params };
+    let general = General::gather(folder, config, naming, &params, &mut warnings)?;
     general.write(&mut metadata, &mut warnings);
     Keys { config, prefix: arch.gguf, metadata: &mut metadata }.write(hp, arch, options.file_type)?;
     value::set(&mut metadata, "general.quantization_version", Value::U32(QUANTIZATION_VERSION));
