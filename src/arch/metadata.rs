@@ -34,7 +34,9 @@ pub struct MetadataOptions {
     pub pre: Option<String>,
     /// `general.file_type` (`llama_ftype`).
     pub file_type: u32,
-    /// The tensors that will be written, for the size label: none for `--vocab-only`.
+    /// `--vocab-only`: no tensors are written, so they do not count for size labels.
+    pub vocab_only: bool,
+    /// The tensors that will be written, for the size label.
     pub params: ParamCount,
     /// Rows of `model.embed_tokens.weight`, to check the vocabulary against.
     pub embedding_rows: Option<u64>,
@@ -88,9 +90,9 @@ pub fn build(
     let mut warnings = hp.rope.warnings.clone();
     value::set(&mut metadata, "general.architecture", arch.gguf.into());
     value::set(&mut metadata, "general.type", "model".into());
-    let naming =
-        Naming { model_name: options.model_name.as_deref(), metadata_file: options.metadata_file.as_deref() };
-    let general = General::gather(folder, config, naming, &options.params, &mut warnings)?;
+    let naming = Naming { model_name: options.model_name.as_deref(), metadata_file: options.metadata_file.as_deref() };
+    let params = if options.vocab_only { ParamCount::default() } else { options.params };
+    let general = General::gather(folder, config, naming, &params, &mut warnings)?;
     general.write(&mut metadata, &mut warnings);
     Keys { config, prefix: arch.gguf, metadata: &mut metadata }.write(hp, arch, options.file_type)?;
     value::set(&mut metadata, "general.quantization_version", Value::U32(QUANTIZATION_VERSION));
@@ -152,7 +154,11 @@ impl Keys<'_> {
                 self.set(key, Value::U32(n));
                 Ok(())
             }
-            None => Err(CheckpointError::key(&self.config.file, name, format!("{value:.100} is not a whole number of 32 bits"))),
+            None => Err(CheckpointError::key(
+                &self.config.file,
+                name,
+                format!("{value:.100} is not a whole number of 32 bits"),
+            )),
         }
     }
 
@@ -213,14 +219,20 @@ impl Keys<'_> {
         let Some(list) = scaling.and_then(|s| s.get("mrope_section")) else { return Ok(None) };
         let numbers = list.as_array().map(|l| l.iter().map(|n| json::as_integer(n).and_then(|n| n.try_into().ok())));
         let Some(mut sections) = numbers.and_then(|n| n.collect::<Option<Vec<i32>>>()) else {
-            return Err(CheckpointError::key(&self.config.file, "rope_scaling.mrope_section", "not a list of whole numbers"));
+            return Err(CheckpointError::key(
+                &self.config.file,
+                "rope_scaling.mrope_section",
+                "not a list of whole numbers",
+            ));
         };
         sections.resize(4, 0);
         Ok(Some(sections))
     }
 
     fn layer_norm(&mut self) -> Result<(), CheckpointError> {
-        let Some((name, value)) = self.config.find(&["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"]) else { return Ok(()) };
+        let Some((name, value)) = self.config.find(&["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"]) else {
+            return Ok(());
+        };
         match value.as_f64() {
             Some(f) => self.float("attention.layer_norm_epsilon", f),
             None => return Err(CheckpointError::key(&self.config.file, name, "not a number")),
@@ -246,7 +258,13 @@ impl Keys<'_> {
             Some("softmax") => 1,
             Some("sigmoid") => 2,
             Some("sqrtsoftplus") => 4,
-            _ => return Err(CheckpointError::key(&self.config.file, name, format!("{value:.100} is not a known gating function"))),
+            _ => {
+                return Err(CheckpointError::key(
+                    &self.config.file,
+                    name,
+                    format!("{value:.100} is not a known gating function"),
+                ));
+            }
         };
         self.set("expert_gating_func", Value::U32(id));
         Ok(())

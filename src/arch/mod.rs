@@ -95,5 +95,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[&llama::LLAMA, &llama::MISTRAL, &
 
 /// The table of an `architectures[0]`.
 pub fn find(hf: &str) -> Option<&'static Architecture> {
+    // The spelling of the first LLaMA conversions.
+    let hf = if hf == "LLaMAForCausalLM" { "LlamaForCausalLM" } else { hf };
     ARCHITECTURES.iter().copied().find(|a| a.hf == hf)
 }

@@ -44,7 +44,9 @@ impl Config {
         match text {
             Some(Json::Object(text)) => values.extend(text.iter().map(|(k, v)| (k.clone(), v.clone()))),
             None => {}
-            Some(other) => return Err(CheckpointError::key(file, "text_config", format!("{}, not an object", json::kind(other)))),
+            Some(other) => {
+                return Err(CheckpointError::key(file, "text_config", format!("{}, not an object", json::kind(other))));
+            }
         }
         if raw.contains_key("quantization") && !raw.contains_key("quantization_config") {
             return Err(CheckpointError::key(
@@ -77,7 +79,9 @@ impl Config {
             None | Some(Json::Null | Json::Array(_)) => {
                 return Err(refuse(format!("missing or empty: it must name the model class. {}", supported())));
             }
-            Some(other) => return Err(refuse(format!("{}, where a list of class names was expected", json::kind(other)))),
+            Some(other) => {
+                return Err(refuse(format!("{}, where a list of class names was expected", json::kind(other))));
+            }
         };
         arch::find(name).ok_or_else(|| refuse(unknown_architecture(name, self.values.get("model_type"))))
     }
@@ -97,7 +101,9 @@ fn unknown_architecture(name: &str, model_type: Option<&Json>) -> String {
     let family = |s: &str| s.to_lowercase().chars().take_while(char::is_ascii_alphabetic).collect::<String>();
     let wanted = family(model_type.and_then(Json::as_str).unwrap_or(name));
     let known = || arch::ARCHITECTURES.iter().map(|a| a.hf);
-    let relatives: Vec<&str> = known().filter(|k| !wanted.is_empty() && wanted.starts_with(&family(k.trim_end_matches("ForCausalLM")))).collect();
+    let relatives: Vec<&str> = known()
+        .filter(|k| !wanted.is_empty() && wanted.starts_with(&family(k.trim_end_matches("ForCausalLM"))))
+        .collect();
     let near = nearest(name, relatives).or_else(|| nearest(name, known())).unwrap_or("none");
     format!("`{name}` is not supported; the nearest that is: {near}. {}", supported())
 }

@@ -181,7 +181,9 @@ impl General {
                 None if key == "general.base_models" => self.base_models = json_sources(file, key, value)?,
                 None if key == "general.datasets" => self.datasets = json_sources(file, key, value)?,
                 None if short.starts_with("sampling.") => {}
-                None => warnings.push(format!("{}: key `{key}` is none that --metadata can set; left out", file.display())),
+                None => {
+                    warnings.push(format!("{}: key `{key}` is none that --metadata can set; left out", file.display()))
+                }
             }
         }
         Ok(())
@@ -275,7 +277,10 @@ impl CardReader<'_> {
             match entry {
                 Yaml::Scalar(id) => out.push(source_of_id(&id, self.total)),
                 Yaml::Map(fields) => out.push(
-                    fields.into_iter().filter_map(|(k, v)| if let Yaml::Scalar(s) = v { Some((k, s)) } else { None }).collect(),
+                    fields
+                        .into_iter()
+                        .filter_map(|(k, v)| if let Yaml::Scalar(s) = v { Some((k, s)) } else { None })
+                        .collect(),
                 ),
                 _ => {
                     self.warn(name, "an entry that is neither a name nor a mapping");
@@ -338,9 +343,12 @@ fn json_sources(file: &Path, key: &str, value: &Json) -> Result<Option<Vec<Sourc
     };
     match value {
         Json::Null => Ok(None),
-        Json::Array(items) => {
-            items.iter().map(|i| i.as_object().and_then(object)).collect::<Option<Vec<_>>>().ok_or_else(refuse).map(Some)
-        }
+        Json::Array(items) => items
+            .iter()
+            .map(|i| i.as_object().and_then(object))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(refuse)
+            .map(Some),
         _ => Err(refuse()),
     }
 }
@@ -391,7 +399,8 @@ mod tests {
     fn sources_from_ids_urls_and_maps() {
         let card = "---\nbase_model:\n- a/B-7B-v2\n- https://huggingface.co/c/d\n- https://example.org/x\n- name: N\n  doi: D\n\
                     datasets: null\n---\n";
-        let (out, _) = general(card, r#"{"_name_or_path": "/a/path/"}"#, Naming { model_name: Some("X"), metadata_file: None });
+        let (out, _) =
+            general(card, r#"{"_name_or_path": "/a/path/"}"#, Naming { model_name: Some("X"), metadata_file: None });
         let want = [
             ("name", "X"),
             ("finetune", "chat"),
@@ -420,7 +429,10 @@ mod tests {
                        "general.base_models": [{"name": "B"}]}"#;
         std::fs::write(file.path(), text).unwrap();
         let (out, warnings) = general("", "{}", Naming { model_name: None, metadata_file: Some(file.path()) });
-        assert_eq!(texts(&out), [("name", "Y"), ("basename", "folder"), ("size_label", "7B"), ("base_model.0.name", "B")]);
+        assert_eq!(
+            texts(&out),
+            [("name", "Y"), ("basename", "folder"), ("size_label", "7B"), ("base_model.0.name", "B")]
+        );
         assert_eq!(warnings.len(), 1);
         std::fs::write(file.path(), r#"{"general.name": 7}"#).unwrap();
         let config = Config::from_object(Path::new("c"), Map::new()).unwrap();

@@ -82,10 +82,14 @@ impl Hparams {
         let kv_heads = match config.values.get("num_key_value_heads") {
             // The config classes read an explicit null as "as many as heads", whatever their default is.
             Some(Json::Null) => heads,
-            _ => r.optional(&["num_key_value_heads", "n_kv_heads"], MAX_WIDTH, Shape { embed, heads })?.unwrap_or(heads),
+            _ => {
+                r.optional(&["num_key_value_heads", "n_kv_heads"], MAX_WIDTH, Shape { embed, heads })?.unwrap_or(heads)
+            }
         };
         if !heads.is_multiple_of(kv_heads) {
-            return Err(r.refuse("num_key_value_heads", format!("{kv_heads} does not divide num_attention_heads ({heads})")));
+            return Err(
+                r.refuse("num_key_value_heads", format!("{kv_heads} does not divide num_attention_heads ({heads})"))
+            );
         }
         let explicit_head_dim = r.optional(&["head_dim"], MAX_WIDTH, Shape { embed, heads })?;
         let head_dim = match explicit_head_dim {
@@ -167,7 +171,10 @@ impl Reader<'_> {
     }
 
     fn heads_do_not_divide(&self, embed: u64, heads: u64) -> CheckpointError {
-        self.refuse("hidden_size", format!("{embed} is no multiple of num_attention_heads ({heads}), and there is no head_dim"))
+        self.refuse(
+            "hidden_size",
+            format!("{embed} is no multiple of num_attention_heads ({heads}), and there is no head_dim"),
+        )
     }
 
     fn checked(&self, key: &str, value: &Json, max: u64) -> Result<u64, CheckpointError> {
@@ -289,7 +296,8 @@ mod tests {
         assert!(!hp.tie_word_embeddings);
         let qwen = read(r#", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": null"#).unwrap();
         assert_eq!((qwen.kv_heads, qwen.head_dim, qwen.explicit_head_dim), (4, 16, None));
-        let mistral = read(r#", "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "sliding_window": null"#);
+        let mistral =
+            read(r#", "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "sliding_window": null"#);
         assert_eq!(mistral.unwrap().sliding_window, None);
     }
 
@@ -311,7 +319,10 @@ mod tests {
             (r#", "rms_norm_eps": 1e-60"#, "rms_norm_eps"),
             (r#", "tie_word_embeddings": 1"#, "tie_word_embeddings"),
             (r#", "quantization_config": {}"#, "quantization_config.quant_method"),
-            (r#", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}"#, "quantization_config.weight_block_size"),
+            (
+                r#", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}"#,
+                "quantization_config.weight_block_size",
+            ),
         ] {
             let message = read(extra).expect_err(extra).to_string();
             assert!(message.starts_with(&format!("config.json: key `{key}`: ")), "{extra}: {message}");

@@ -32,7 +32,10 @@ pub fn read_bytes(file: &Path) -> Result<Vec<u8>, CheckpointError> {
         return Err(CheckpointError::file(file, "not a regular file"));
     }
     if meta.len() > MAX_BYTES {
-        return Err(CheckpointError::file(file, format!("{} bytes, more than 1 GiB: not the file meant here", meta.len())));
+        return Err(CheckpointError::file(
+            file,
+            format!("{} bytes, more than 1 GiB: not the file meant here", meta.len()),
+        ));
     }
     std::fs::read(file).map_err(|e| CheckpointError::io(file, e))
 }

@@ -99,7 +99,11 @@ fn title_word(word: &str) -> String {
     let mut after_letter = false;
     let mut out = String::with_capacity(word.len());
     for c in word.chars() {
-        if after_letter { out.push(c) } else { out.extend(c.to_uppercase()) }
+        if after_letter {
+            out.push(c)
+        } else {
+            out.extend(c.to_uppercase())
+        }
         after_letter = c.is_lowercase() || c.is_uppercase();
     }
     out
@@ -185,7 +189,8 @@ pub fn components(id: &str, total: u128) -> IdParts {
 fn annotate(part: &mut String, marks: &mut Marks, first: bool, total: u128) {
     static VERSION: LazyLock<Regex> = regex!(r"^(?i:(v|iter)?\d+([.]\d+)*)$");
     static KIND: LazyLock<Regex> = regex!(r"^(?i:i?q\d(_\w)*|b?fp?(16|32))$");
-    static SIZE: LazyLock<Regex> = regex!(r"^(?i:(([A]|\d+[x])?\d+([._]\d+)?[KMBT][\d]?|small|mini|medium|large|x?xl))$");
+    static SIZE: LazyLock<Regex> =
+        regex!(r"^(?i:(([A]|\d+[x])?\d+([._]\d+)?[KMBT][\d]?|small|mini|medium|large|x?xl))$");
     static FINETUNE: LazyLock<Regex> = regex!(r"^(?i:chat|instruct|vision|lora)$");
     if is_match(&VERSION, part) {
         marks.version = true;
@@ -223,7 +228,9 @@ fn size(part: &str, total: u128) -> (String, bool) {
     };
     let number: String = number.iter().collect();
     let far = total > 0
-        && number.parse::<f64>().is_ok_and(|n| (n * scale - total as f64).abs() > (7 * total.min(u128::MAX / 8) / 8) as f64);
+        && number
+            .parse::<f64>()
+            .is_ok_and(|n| (n * scale - total as f64).abs() > (7 * total.min(u128::MAX / 8) / 8) as f64);
     if far {
         unit.make_ascii_lowercase();
     }
@@ -243,9 +250,14 @@ pub fn file_stem(
     let clean = |s: &str| s.trim().replace(' ', "-");
     let stem = basename.or(name).map_or("ggml-model".to_string(), |s| clean(s).replace('/', "-"));
     let mut out = stem;
-    for part in [size_label.map(str::to_string), finetune.map(clean), version.map(clean), encoding.map(|e| clean(e).to_uppercase())]
-        .into_iter()
-        .flatten()
+    for part in [
+        size_label.map(str::to_string),
+        finetune.map(clean),
+        version.map(clean),
+        encoding.map(|e| clean(e).to_uppercase()),
+    ]
+    .into_iter()
+    .flatten()
     {
         out = format!("{out}-{part}");
     }
@@ -256,7 +268,6 @@ fn is_match(pattern: &Regex, text: &str) -> bool {
     // An error means that backtracking ran out of steps, which these patterns do not reach on names.
     pattern.is_match(text).unwrap_or(false)
 }
-
 
 #[cfg(test)]
 mod tests {
@@ -327,7 +338,16 @@ mod tests {
 
     #[test]
     fn labels() {
-        for (count, want) in [(0, None), (999, Some("1.0K")), (1_300_000, Some("1.3M")), (30_400_000, Some("30M")), (134_515_008, Some("135M")), (1_000_000, Some("1000K")), (7_000_000_001, Some("7.0B")), (70_600_000_000, Some("71B"))] {
+        for (count, want) in [
+            (0, None),
+            (999, Some("1.0K")),
+            (1_300_000, Some("1.3M")),
+            (30_400_000, Some("30M")),
+            (134_515_008, Some("135M")),
+            (1_000_000, Some("1000K")),
+            (7_000_000_001, Some("7.0B")),
+            (70_600_000_000, Some("71B")),
+        ] {
             let mut params = ParamCount::default();
             params.add("x", &[count]);
             assert_eq!(params.size_label().as_deref(), want, "{count}");

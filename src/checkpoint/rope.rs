@@ -67,7 +67,11 @@ impl Rope {
                     break;
                 }
                 Some(other) => {
-                    return Err(CheckpointError::key(&config.file, key, format!("{}, not an object", json::kind(other))));
+                    return Err(CheckpointError::key(
+                        &config.file,
+                        key,
+                        format!("{}, not an object", json::kind(other)),
+                    ));
                 }
             }
         }
@@ -135,7 +139,9 @@ impl Reader<'_> {
             Some(_) => Err(self.refuse(FIELD, "not a whole number between 1 and 4294967295")),
             None => {
                 let (file, key) = (self.config.file.display(), self.key);
-                self.warnings.push(format!("{file}: {key} has no {FIELD}; max_position_embeddings ({context}) is taken, as transformers does"));
+                self.warnings.push(format!(
+                    "{file}: {key} has no {FIELD}; max_position_embeddings ({context}) is taken, as transformers does"
+                ));
                 Ok(context)
             }
         }
@@ -144,7 +150,10 @@ impl Reader<'_> {
     fn scaling(&mut self, context: u64) -> Result<RopeScaling, CheckpointError> {
         let Some(kind) = self.kind()? else { return Ok(RopeScaling::None) };
         let without_counterpart = |what: &str| {
-            format!("{}: rope_type `{kind}` {what}; contexts longer than the trained one will be worse", self.config.file.display())
+            format!(
+                "{}: rope_type `{kind}` {what}; contexts longer than the trained one will be worse",
+                self.config.file.display()
+            )
         };
         Ok(match kind.as_str() {
             "default" => RopeScaling::None,
@@ -179,7 +188,12 @@ impl Reader<'_> {
                 self.warnings.push(note);
                 RopeScaling::Dynamic
             }
-            _ => return Err(self.refuse("rope_type", format!("`{kind}` is unknown (default, linear, dynamic, yarn, longrope, llama3)"))),
+            _ => {
+                return Err(self.refuse(
+                    "rope_type",
+                    format!("`{kind}` is unknown (default, linear, dynamic, yarn, longrope, llama3)"),
+                ));
+            }
         })
     }
 }
@@ -189,7 +203,8 @@ impl Reader<'_> {
 /// To the bit those of `LlamaModel.generate_extra_tensors`, which works on torch float32 tensors: every step is rounded
 /// to f32, and `number / tensor` is the reciprocal of the tensor times the number.
 pub fn rope_freqs(hp: &Hparams) -> Option<Vec<f32>> {
-    let RopeScaling::Llama3(Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) = hp.rope.scaling else {
+    let RopeScaling::Llama3(Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) = hp.rope.scaling
+    else {
         return None;
     };
     let old = original_context as f64;
@@ -245,8 +260,14 @@ mod tests {
             (r#""rope_scaling": {"type": 3}"#, "rope_scaling.type"),
             (r#""rope_scaling": {"type": "sideways"}"#, "rope_scaling.rope_type"),
             (r#""rope_scaling": []"#, "rope_scaling"),
-            (r#""rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}"#, "rope_scaling.high_freq_factor"),
-            (r#""rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0}"#, "rope_scaling.original_max_position_embeddings"),
+            (
+                r#""rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}"#,
+                "rope_scaling.high_freq_factor",
+            ),
+            (
+                r#""rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0}"#,
+                "rope_scaling.original_max_position_embeddings",
+            ),
         ] {
             // 1e400 is no number for serde_json unless arbitrary_precision is on; either way it must not pass.
             let Ok(Json::Object(_)) = serde_json::from_str(&format!("{{{extra}}}")) else { continue };

@@ -145,7 +145,8 @@ mod tests {
 
     #[test]
     fn hostile_text_is_an_error() {
-        let laughs = (1..30).fold("a0: &a0 [x]\n".to_string(), |s, i| format!("{s}a{i}: &a{i} [*a{0}, *a{0}, *a{0}]\n", i - 1));
+        let laughs =
+            (1..30).fold("a0: &a0 [x]\n".to_string(), |s, i| format!("{s}a{i}: &a{i} [*a{0}, *a{0}, *a{0}]\n", i - 1));
         assert!(parse(&laughs).is_err());
         assert!(parse(&"[".repeat(100_000)).is_err());
         assert!(parse(&"- ".repeat(1000)).is_err());

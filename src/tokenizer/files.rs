@@ -42,7 +42,12 @@ impl Files {
         let tokenizer = match tokenizer_text.as_deref().map(|t| json::parse(&file, t)).transpose()? {
             None => None,
             Some(Json::Object(o)) => Some(o),
-            Some(other) => return Err(CheckpointError::file(file, format!("{}, where an object was expected", json::kind(&other)))),
+            Some(other) => {
+                return Err(CheckpointError::file(
+                    file,
+                    format!("{}, where an object was expected", json::kind(&other)),
+                ));
+            }
         };
         let side = |name: &str| json::read_object_if_present(&folder.join(name));
         Ok(Files {
@@ -79,7 +84,11 @@ impl Files {
         };
         let entry = |(text, id): (&'_ String, &'_ Json)| match json::as_integer(id) {
             Some(n) if (0..1 << 32).contains(&n) => Ok(n as u64),
-            _ => Err(CheckpointError::key(&file, "model.vocab", format!("the id of `{text}` is {id}, not a whole number below 2^32"))),
+            _ => Err(CheckpointError::key(
+                &file,
+                "model.vocab",
+                format!("the id of `{text}` is {id}, not a whole number below 2^32"),
+            )),
         };
         vocab.iter().map(|(text, id)| Ok((text.as_str(), entry((text, id))?))).collect()
     }
@@ -146,7 +155,11 @@ pub fn plain_id(file: &Path, content: &str, id: &Json) -> Result<u64, Checkpoint
 fn added(file: &Path, key: &str, id: Option<i128>, entry: &Json) -> Result<Added, CheckpointError> {
     let content = entry.get("content").and_then(Json::as_str);
     let (Some(id @ 0..=0xffff_ffff), Some(content)) = (id, content) else {
-        return Err(CheckpointError::key(file, key, format!("an entry without a valid id or without content: {entry:.200}")));
+        return Err(CheckpointError::key(
+            file,
+            key,
+            format!("an entry without a valid id or without content: {entry:.200}"),
+        ));
     };
     let flag = |name: &str| entry.get(name).and_then(Json::as_bool);
     let special = flag("special").unwrap_or(false);
@@ -158,11 +171,17 @@ fn place(out: &mut Vec<Added>, own: Added, file: &Path, warnings: &mut Vec<Strin
     let file = file.display();
     if let Some(there) = out.iter_mut().find(|a| a.content == own.content) {
         if there.id != own.id {
-            warnings.push(format!("{file}: `{}` has the id {} here and {} in tokenizer.json, which counts", own.content, own.id, there.id));
+            warnings.push(format!(
+                "{file}: `{}` has the id {} here and {} in tokenizer.json, which counts",
+                own.content, own.id, there.id
+            ));
         }
         (there.special, there.normalized) = (own.special, own.normalized);
     } else if let Some(there) = out.iter().find(|a| a.id == own.id) {
-        warnings.push(format!("{file}: id {} is `{}` here and `{}` in tokenizer.json, which counts", own.id, own.content, there.content));
+        warnings.push(format!(
+            "{file}: id {} is `{}` here and `{}` in tokenizer.json, which counts",
+            own.id, own.content, there.content
+        ));
     } else {
         out.push(own);
     }
@@ -183,7 +202,10 @@ mod tests {
     #[test]
     fn added_tokens_of_three_files() {
         let files = folder(&[
-            ("tokenizer.json", r#"{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 2, "content": "<x>", "special": true}]}"#),
+            (
+                "tokenizer.json",
+                r#"{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 2, "content": "<x>", "special": true}]}"#,
+            ),
             (
                 "tokenizer_config.json",
                 r#"{"added_tokens_decoder": {"2": {"content": "<x>", "special": false}, "1": {"content": "<y>"}, "5": {"content": "<y>"}}}"#,

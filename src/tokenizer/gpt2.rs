@@ -7,9 +7,9 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use serde_json::{Map, Value as Json, json};
-use tokenizers::Tokenizer;
 
 use super::files::{Added, Files};
+use super::library::Library;
 use super::pre::structure::Structure;
 use super::pre::{self, Chosen};
 use super::vocab::{TokenType, Vocab, looks_special, visible_spaces};
@@ -32,18 +32,21 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
     let kind = tokenizer.get("model").and_then(|m| m.get("type")).and_then(Json::as_str);
     if kind.is_some_and(|k| k != "BPE") {
         let kind = kind.unwrap_or_default();
-        return Err(CheckpointError::key(&file, "model.type", format!("`{kind}`; this architecture needs BPE, or a SentencePiece tokenizer.model")));
+        return Err(CheckpointError::key(
+            &file,
+            "model.type",
+            format!("`{kind}`; this architecture needs BPE, or a SentencePiece tokenizer.model"),
+        ));
     }
-    let library = match Tokenizer::from_bytes(files.tokenizer_text.as_deref().unwrap_or_default()) {
-        Ok(t) => Some(t),
+    let library = match Library::load(files.tokenizer_text.as_deref().unwrap_or_default(), tokenizer) {
+        Ok(library) => Some(library),
         Err(e) => {
-            report.warn(format!("{}: the tokenizers library does not take it ({e}); only its structure is read", file.display()));
+            report.warn(format!("{}: cannot be used as a tokenizer ({e}); only its structure is read", file.display()));
             None
         }
     };
-    let library = library.map(without_limits);
     let Chosen { name, reason, warning } = {
-        let hash = library.as_ref().and_then(|t| match pre::hash(t) {
+        let hash = library.as_ref().and_then(|l| match l.hash() {
             Ok(hash) => Some(hash),
             Err(e) => {
                 report.warn(format!("{}: the check text cannot be encoded: {e}", file.display()));
@@ -62,7 +65,11 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         let i = *id as usize;
         if types[i] != TokenType::Unused {
             let other = String::from_utf8_lossy(&tokens[i]).into_owned();
-            return Err(CheckpointError::key(&file, "model.vocab", format!("`{other}` and `{text}` have the same id {id}")));
+            return Err(CheckpointError::key(
+                &file,
+                "model.vocab",
+                format!("`{other}` and `{text}` have the same id {id}"),
+            ));
         }
         (tokens[i], types[i]) = (text.as_bytes().to_vec(), TokenType::Normal);
     }
@@ -70,7 +77,11 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         let i = token.id as usize;
         if types[i] != TokenType::Unused && tokens[i] != token.content.as_bytes() {
             let other = String::from_utf8_lossy(&tokens[i]).into_owned();
-            report.warn(format!("{}: id {i} is `{other}` in the vocabulary and `{}` among the added tokens, which count", file.display(), token.content));
+            report.warn(format!(
+                "{}: id {i} is `{other}` in the vocabulary and `{}` among the added tokens, which count",
+                file.display(),
+                token.content
+            ));
         }
         let text = as_matched(token, library.as_ref());
         (tokens[i], types[i]) = if token.special || looks_special(&text) {
@@ -96,24 +107,19 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
     })
 }
 
-fn without_limits(mut tokenizer: Tokenizer) -> Tokenizer {
-    // `AutoTokenizer.encode` neither truncates nor pads, whatever tokenizer.json says.
-    let _ = tokenizer.with_truncation(None);
-    tokenizer.with_padding(None);
-    tokenizer
-}
-
 /// An added token that is matched before normalization is written as it reads after encoding and decoding.
-fn as_matched(token: &Added, library: Option<&Tokenizer>) -> String {
-    let round_trip = || {
-        let ids = library?.encode(token.content.as_str(), false).ok()?;
-        library?.decode(ids.get_ids(), false).ok()
-    };
+fn as_matched(token: &Added, library: Option<&Library>) -> String {
+    let round_trip = || library?.round_trip(&token.content).ok();
     if token.normalized { token.content.clone() } else { round_trip().unwrap_or_else(|| token.content.clone()) }
 }
 
 /// Every id must be below `vocab_size`; the message names all three sizes.
-fn check_sizes(request: &Request<'_>, files: &Files, base: &[(&str, u64)], added: &[Added]) -> Result<(), CheckpointError> {
+fn check_sizes(
+    request: &Request<'_>,
+    files: &Files,
+    base: &[(&str, u64)],
+    added: &[Added],
+) -> Result<(), CheckpointError> {
     let ids = base.iter().map(|(t, id)| (*id, *t)).chain(added.iter().map(|a| (a.id, a.content.as_str())));
     let Some((id, text)) = ids.max() else {
         return Err(CheckpointError::key(files.path("tokenizer.json"), "model.vocab", "no tokens"));
@@ -125,7 +131,10 @@ fn check_sizes(request: &Request<'_>, files: &Files, base: &[(&str, u64)], added
     Err(CheckpointError::key(
         &request.config.file,
         "vocab_size",
-        format!("{}, but the tokenizer has ids up to {id} (`{text}`){rows}: the files do not belong together", request.vocab_size),
+        format!(
+            "{}, but the tokenizer has ids up to {id} (`{text}`){rows}: the files do not belong together",
+            request.vocab_size
+        ),
     ))
 }
 
@@ -144,14 +153,19 @@ pub fn merges(files: &Files) -> Result<Vec<String>, CheckpointError> {
             Json::Array(pair) if pair.len() == 2 => part(&pair[0]).zip(part(&pair[1])).map(|(a, b)| format!("{a} {b}")),
             _ => None,
         };
-        text.ok_or_else(|| CheckpointError::key(&file, "model.merges", format!("entry {i} is not a pair of texts: {merge:.100}")))
+        text.ok_or_else(|| {
+            CheckpointError::key(&file, "model.merges", format!("entry {i} is not a pair of texts: {merge:.100}"))
+        })
     };
     list.iter().enumerate().map(entry).collect()
 }
 
 fn check_merges(file: &Path, base: &[(&str, u64)], merges: &[String], report: &mut Report) {
     if merges.is_empty() {
-        report.warn(format!("{}: no merges; llama.cpp does not load a byte-level BPE vocabulary without", file.display()));
+        report.warn(format!(
+            "{}: no merges; llama.cpp does not load a byte-level BPE vocabulary without",
+            file.display()
+        ));
     }
     let known: HashSet<&str> = base.iter().map(|(t, _)| *t).collect();
     let unknown = |merge: &&String| match merge.split_once(' ') {
@@ -161,7 +175,11 @@ fn check_merges(file: &Path, base: &[(&str, u64)], merges: &[String], report: &m
     let mut bad = merges.iter().filter(unknown);
     if let Some(first) = bad.next() {
         let n = 1 + bad.count();
-        report.warn(format!("{}: {n} of {} merges name tokens that the vocabulary lacks, such as `{first}`", file.display(), merges.len()));
+        report.warn(format!(
+            "{}: {n} of {} merges name tokens that the vocabulary lacks, such as `{first}`",
+            file.display(),
+            merges.len()
+        ));
     }
 }
 

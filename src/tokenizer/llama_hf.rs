@@ -32,7 +32,10 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         return Err(CheckpointError::key(
             &request.config.file,
             "vocab_size",
-            format!("{}, but tokenizer.json has ids up to {largest}{rows}: the files do not belong together", request.vocab_size),
+            format!(
+                "{}, but tokenizer.json has ids up to {largest}{rows}: the files do not belong together",
+                request.vocab_size
+            ),
         ));
     }
     let special = special_texts(files);
@@ -46,7 +49,11 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         let i = *id as usize;
         if types[i] != TokenType::Unused {
             let other = String::from_utf8_lossy(&tokens[i]).into_owned();
-            return Err(CheckpointError::key(&file, "model.vocab", format!("`{other}` and `{text}` have the same id {id}")));
+            return Err(CheckpointError::key(
+                &file,
+                "model.vocab",
+                format!("`{other}` and `{text}` have the same id {id}"),
+            ));
         }
         types[i] = match () {
             () if is_byte(text) => TokenType::Byte,
@@ -57,10 +64,25 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
         scores[i] = if marked.contains(text) { ADDED_SCORE } else { ranked.get(text).copied().unwrap_or(0.0) };
         tokens[i] = text.as_bytes().to_vec();
     }
+    let unmade = |(text, _): &&(&str, u64)| {
+        !ranked.contains_key(text) && !is_byte(text) && !marked.contains(text) && !special.contains(*text)
+    };
+    let mut unmade = base.iter().filter(unmade);
+    if let Some((first, _)) = unmade.next() {
+        let n = 1 + unmade.count();
+        report.warn(format!(
+            "{}: no merge makes `{first}` ({n} such tokens); llama.cpp may form it nevertheless",
+            file.display()
+        ));
+    }
     for token in added.iter().filter(|a| !in_base.contains(a.content.as_str())) {
         let i = token.id as usize;
         if types[i] != TokenType::Unused {
-            report.warn(format!("{}: id {i} stands for two tokens; the added one, `{}`, counts", file.display(), token.content));
+            report.warn(format!(
+                "{}: id {i} stands for two tokens; the added one, `{}`, counts",
+                file.display(),
+                token.content
+            ));
         }
         let control = special.contains(&token.content);
         types[i] = if control { TokenType::Control } else { TokenType::UserDefined };
@@ -91,7 +113,10 @@ fn is_sentencepiece(tokenizer: &Map<String, Json>) -> bool {
 /// `<0x00>` to `<0xFF>`.
 fn is_byte(text: &str) -> bool {
     text.len() == 6
-        && text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit()))
+        && text
+            .strip_prefix("<0x")
+            .and_then(|t| t.strip_suffix('>'))
+            .is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// Scores as a SentencePiece BPE model has them: the tokens that merges make, in the order in which merges first make them,
@@ -107,7 +132,8 @@ fn ranked_scores<'a>(base: &[(&'a str, u64)], merges: &[String]) -> HashMap<&'a 
             next += 1;
         }
     }
-    let mut characters: Vec<(u64, &str)> = base.iter().filter(|(t, _)| by_text.contains_key(t)).map(|(t, id)| (*id, *t)).collect();
+    let mut characters: Vec<(u64, &str)> =
+        base.iter().filter(|(t, _)| by_text.contains_key(t)).map(|(t, id)| (*id, *t)).collect();
     characters.retain(|(_, t)| t.chars().count() == 1);
     characters.sort_unstable();
     for (_, text) in characters {

@@ -7,6 +7,7 @@
 
 pub mod files;
 pub mod gpt2;
+pub mod library;
 pub mod llama_hf;
 pub mod pre;
 pub mod sentencepiece;
@@ -95,7 +96,11 @@ pub fn write(metadata: &mut Metadata, request: &Request<'_>) -> Result<Report, C
 }
 
 fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result<Vocab, CheckpointError> {
-    if request.order == VocabOrder::Llama && files.has("tekken.json") && files.tokenizer.is_none() && !files.has("tokenizer.model") {
+    if request.order == VocabOrder::Llama
+        && files.has("tekken.json")
+        && files.tokenizer.is_none()
+        && !files.has("tokenizer.model")
+    {
         return Err(CheckpointError::file(
             request.folder.join("tekken.json"),
             "Mistral's own tokenizer format is not supported; tokenizer.json of the Hugging Face form of the model is needed",

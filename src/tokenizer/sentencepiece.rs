@@ -128,7 +128,10 @@ fn is_tiktoken(bytes: &[u8]) -> bool {
     match line.split(|b| *b == b' ').collect::<Vec<_>>()[..] {
         [text, rank] => {
             let base64 = |b: &u8| b.is_ascii_alphanumeric() || b"+/=".contains(b);
-            !text.is_empty() && text.iter().all(base64) && !rank.is_empty() && rank.iter().all(|b| b.is_ascii_digit() || *b == b'\r')
+            !text.is_empty()
+                && text.iter().all(base64)
+                && !rank.is_empty()
+                && rank.iter().all(|b| b.is_ascii_digit() || *b == b'\r')
         }
         _ => false,
     }
@@ -143,14 +146,25 @@ pub fn read(request: &Request<'_>, files: &Files, report: &mut Report) -> Result
     let bytes = json::read_bytes(&file)?;
     if is_tiktoken(&bytes) {
         if files.tokenizer.is_none() {
-            return Err(CheckpointError::file(file, "a tiktoken file, not SentencePiece; tokenizer.json is needed beside it"));
+            return Err(CheckpointError::file(
+                file,
+                "a tiktoken file, not SentencePiece; tokenizer.json is needed beside it",
+            ));
         }
         report.warn(format!("{}: a tiktoken file, not SentencePiece; tokenizer.json is taken", file.display()));
         return Ok(None);
     }
-    let model = Model::parse(&bytes).map_err(|e| CheckpointError::file(&file, format!("not a SentencePiece model: {e}")))?;
+    let model =
+        Model::parse(&bytes).map_err(|e| CheckpointError::file(&file, format!("not a SentencePiece model: {e}")))?;
+    if let Some(i) = model.pieces.iter().position(|p| std::str::from_utf8(p.text).is_err()) {
+        return Err(CheckpointError::file(&file, format!("piece {i} is not UTF-8: the file is damaged")));
+    }
     if model.model_type != 2 {
-        report.warn(format!("{}: not a BPE model (model_type {}); llama.cpp merges by score, which may give other ids", file.display(), model.model_type));
+        report.warn(format!(
+            "{}: not a BPE model (model_type {}); llama.cpp merges by score, which may give other ids",
+            file.display(),
+            model.model_type
+        ));
     }
     let size = request.vocab_size;
     let mut out = Out { scores: vec![PADDING_SCORE; size as usize], ..Out::padding(size) };
@@ -202,7 +216,11 @@ impl Out {
 
     fn ignored(&self, file: &std::path::Path, tokens: u64, report: &mut Report) {
         if tokens > self.tokens.len() as u64 {
-            report.warn(format!("{}: {tokens} tokens, but vocab_size is {}: the rest is left out", file.display(), self.tokens.len()));
+            report.warn(format!(
+                "{}: {tokens} tokens, but vocab_size is {}: the rest is left out",
+                file.display(),
+                self.tokens.len()
+            ));
         }
     }
 
@@ -220,13 +238,22 @@ impl Out {
         let file = files.path("tokenizer_config.json");
         for added in files.decoder()? {
             if !self.holds(added.id) {
-                report.warn(format!("{}: `{}` ({}) is outside of vocab_size and left out", file.display(), added.content, added.id));
+                report.warn(format!(
+                    "{}: `{}` ({}) is outside of vocab_size and left out",
+                    file.display(),
+                    added.content,
+                    added.id
+                ));
                 continue;
             }
             let i = added.id as usize;
             if self.types[i] != TokenType::Unused && self.tokens[i] != added.content.as_bytes() {
                 let old = String::from_utf8_lossy(&self.tokens[i]).into_owned();
-                report.warn(format!("{}: token {i} is `{}` here and `{old}` in tokenizer.model; this one is taken", file.display(), added.content));
+                report.warn(format!(
+                    "{}: token {i} is `{}` here and `{old}` in tokenizer.model; this one is taken",
+                    file.display(),
+                    added.content
+                ));
             }
             if added.special || looks_special(&added.content) {
                 self.set(added.id, added.content.into_bytes(), ADDED_SCORE, TokenType::Control);
@@ -249,7 +276,8 @@ mod tests {
     #[test]
     fn pieces_with_defaults() {
         let full = [&message(1, b"ab")[..], &[2 << 3 | 5], &(-3.5f32).to_le_bytes(), &[3 << 3, 6]].concat();
-        let bytes = [message(1, &full), message(1, &message(1, "\u{2581}".as_bytes())), message(2, &[3 << 3, 2])].concat();
+        let bytes =
+            [message(1, &full), message(1, &message(1, "\u{2581}".as_bytes())), message(2, &[3 << 3, 2])].concat();
         let model = Model::parse(&bytes).unwrap();
         assert_eq!(model.pieces[0], Piece { text: b"ab", score: -3.5, kind: 6 });
         assert_eq!(model.pieces[1], Piece { text: "\u{2581}".as_bytes(), score: 0.0, kind: 1 });
@@ -262,7 +290,13 @@ mod tests {
         for cut in 1..good.len() {
             assert!(Model::parse(&good[..cut]).is_err(), "{cut}");
         }
-        for bad in [&b""[..], &[0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01], &[0xff; 12], &[0x0b], &[0x08, 1]] {
+        for bad in [
+            &b""[..],
+            &[0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
+            &[0xff; 12],
+            &[0x0b],
+            &[0x08, 1],
+        ] {
             assert!(Model::parse(bad).is_err(), "{bad:?}");
         }
         assert!(is_tiktoken(b"IQ== 0\nIg== 1\n") && !is_tiktoken(&good) && !is_tiktoken(b""));

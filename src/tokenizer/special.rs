@@ -85,8 +85,8 @@ impl SpecialTokens {
             Override::NoTemplate => None,
             Override::None => template::load(files, report)?,
         };
-        s.from_tokenizer_config(files, &tokenizer_config, report);
-        s.from_config(config, report);
+        s.read_tokenizer_config(files, &tokenizer_config, report);
+        s.read_config(config, report);
         Ok(s)
     }
 
@@ -191,7 +191,9 @@ impl SpecialTokens {
                         self.types.push(typ);
                         config.insert(format!("{typ}_token"), names.get("eos").unwrap_or(Json::Null));
                     }
-                    None => report.warn(format!("tokenizer.json: the token {id} that is put last takes the place of eos")),
+                    None => {
+                        report.warn(format!("tokenizer.json: the token {id} that is put last takes the place of eos"))
+                    }
                 }
                 names.set(config, "eos", Some(id.clone()));
             }
@@ -202,12 +204,21 @@ impl SpecialTokens {
     }
 
     /// The template for two texts: whether a separator stands between them.
-    fn pair(&mut self, step: &Json, ends: Ends, names: &mut Names, config: &mut Map<String, Json>, report: &mut Report) {
+    fn pair(
+        &mut self,
+        step: &Json,
+        ends: Ends,
+        names: &mut Names,
+        config: &mut Map<String, Json>,
+        report: &mut Report,
+    ) {
         let mut pair = step.get("pair").and_then(Json::as_array).map_or(&[][..], Vec::as_slice);
         let end = |item: Option<&Json>, wanted: &Option<Json>| wanted.is_some() && item.and_then(special_id) == *wanted;
         let (starts, stops) = (end(pair.first(), &ends.first), end(pair.last(), &ends.last));
         if !pair.is_empty() && ((ends.first.is_some() && !starts) || (ends.last.is_some() && !stops)) {
-            report.warn("tokenizer.json: the templates for one text and for two begin or end with different special tokens");
+            report.warn(
+                "tokenizer.json: the templates for one text and for two begin or end with different special tokens",
+            );
         }
         if starts {
             pair = &pair[1..];
@@ -215,7 +226,8 @@ impl SpecialTokens {
         if stops && !pair.is_empty() {
             pair = &pair[..pair.len() - 1];
         }
-        let sequence = |item: &Json| item.get("Sequence").and_then(|s| s.get("id")).and_then(Json::as_str).map(str::to_string);
+        let sequence =
+            |item: &Json| item.get("Sequence").and_then(|s| s.get("id")).and_then(Json::as_str).map(str::to_string);
         let [a, middle @ .., b] = pair else { return };
         if sequence(a).as_deref() != Some("A") || sequence(b).as_deref() != Some("B") || middle.is_empty() {
             return;
@@ -231,7 +243,7 @@ impl SpecialTokens {
         }
     }
 
-    fn from_tokenizer_config(&mut self, files: &Files, config: &Map<String, Json>, report: &mut Report) {
+    fn read_tokenizer_config(&mut self, files: &Files, config: &Map<String, Json>, report: &mut Report) {
         if config.is_empty() {
             return;
         }
@@ -261,7 +273,7 @@ impl SpecialTokens {
         }
     }
 
-    fn from_config(&mut self, config: &Config, report: &mut Report) {
+    fn read_config(&mut self, config: &Config, report: &mut Report) {
         let text_config = config.raw.get("text_config");
         for typ in self.types.clone() {
             let key = format!("{typ}_token_id");
@@ -279,9 +291,12 @@ impl SpecialTokens {
     fn list(&mut self, typ: &'static str, list: &[Json], report: &mut Report) {
         let shown = Json::Array(list.to_vec());
         match (self.id(typ), list.first()) {
-            (Some(id), _) => report.say(&format!("{typ} list"), format!("config.json has {shown}; {id} is written, llama.cpp takes one")),
+            (Some(id), _) => report
+                .say(&format!("{typ} list"), format!("config.json has {shown}; {id} is written, llama.cpp takes one")),
             (None, Some(first)) => {
-                report.warn(format!("config.json: {typ}_token_id is a list, {shown}; the first one is taken, llama.cpp takes one"));
+                report.warn(format!(
+                    "config.json: {typ}_token_id is a list, {shown}; the first one is taken, llama.cpp takes one"
+                ));
                 self.set(typ, first, "config.json", report);
             }
             (None, None) => {}
@@ -309,7 +324,10 @@ impl SpecialTokens {
             let Some((_, key)) = KEYS.iter().find(|(t, _)| t == typ) else { continue };
             value::set(metadata, &format!("tokenizer.ggml.{key}"), Value::U32(*id as u32));
             if *id >= vocab.tokens.len() as u64 {
-                report.warn(format!("the {typ} token has the id {id}, but there are {} tokens; llama.cpp leaves it out", vocab.tokens.len()));
+                report.warn(format!(
+                    "the {typ} token has the id {id}, but there are {} tokens; llama.cpp leaves it out",
+                    vocab.tokens.len()
+                ));
             }
             if matches!(*typ, "bos" | "eos" | "eot" | "eom") {
                 let source = self.sources.iter().find(|(t, _)| t == typ).map_or("", |(_, s)| s);

@@ -64,7 +64,8 @@ fn beside(files: &Files, report: &mut Report) -> Result<Option<Template>, Checkp
         let default = Some(json::read_text(&jinja)?);
         let mut named = Vec::new();
         let folder = files.path("additional_chat_templates");
-        let mut paths: Vec<_> = std::fs::read_dir(&folder).map(|d| d.flatten().map(|e| e.path()).collect()).unwrap_or_default();
+        let mut paths: Vec<_> =
+            std::fs::read_dir(&folder).map(|d| d.flatten().map(|e| e.path()).collect()).unwrap_or_default();
         paths.sort();
         for path in paths.iter().filter(|p| p.extension().is_some_and(|e| e == "jinja")) {
             let name = path.file_stem().unwrap_or_default().to_string_lossy();
@@ -113,7 +114,9 @@ fn add(named: &mut Vec<(String, String)>, name: &str, text: String, report: &mut
     }
     match named.iter_mut().find(|(k, _)| *k == key) {
         Some(slot) => {
-            report.warn(format!("two chat templates have the key `{key}` (one is named `{name}`); the later one is written"));
+            report.warn(format!(
+                "two chat templates have the key `{key}` (one is named `{name}`); the later one is written"
+            ));
             slot.1 = text;
         }
         None => named.push((key, text)),

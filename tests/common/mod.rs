@@ -7,6 +7,7 @@ use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 
 /// The shared folder: `OSTQ_SHARED`, else `../shared`. `None`, and a loud line, if it is not there.
+#[allow(dead_code)]
 pub fn shared() -> Option<PathBuf> {
     let path = match std::env::var_os("OSTQ_SHARED") {
         Some(path) => PathBuf::from(path),
@@ -20,8 +21,10 @@ pub fn shared() -> Option<PathBuf> {
 }
 
 /// A golden file.
+#[allow(dead_code)]
 pub struct Golden(Json);
 
+#[allow(dead_code)] // not every test binary uses all of it
 impl Golden {
     /// Reads `goldens/MODEL.json`.
     pub fn load(shared: &Path, model: &str) -> Golden {
@@ -33,7 +36,9 @@ impl Golden {
     /// The names of its variants that begin with `prefix` and are neither errors nor copies.
     pub fn variants(&self, prefix: &str) -> Vec<&str> {
         let all = self.0["variants"].as_object().unwrap().iter();
-        all.filter(|(name, v)| name.starts_with(prefix) && v.get("kv").is_some()).map(|(name, _)| name.as_str()).collect()
+        all.filter(|(name, v)| name.starts_with(prefix) && v.get("kv").is_some())
+            .map(|(name, _)| name.as_str())
+            .collect()
     }
 
     /// [key, type, value] in the order of the file.
@@ -59,15 +64,21 @@ impl Golden {
     }
 }
 
+#[allow(dead_code)]
 /// The first 32 hex digits of the sha256.
 pub fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().take(16).map(|b| format!("{b:02x}")).collect()
 }
 
+#[allow(dead_code)]
 /// A value as a golden holds it: [type, value], with long ones as length and digest.
 pub fn manifest(value: &Value) -> (String, Json) {
     let array = |name: &str, items: Vec<Json>, bytes: Vec<u8>| {
-        let shown = if items.len() > 8 { serde_json::json!({"len": items.len(), "sha256": digest(&bytes)}) } else { Json::Array(items) };
+        let shown = if items.len() > 8 {
+            serde_json::json!({"len": items.len(), "sha256": digest(&bytes)})
+        } else {
+            Json::Array(items)
+        };
         (format!("arr:{name}"), shown)
     };
     match value {
@@ -85,17 +96,57 @@ pub fn manifest(value: &Value) -> (String, Json) {
         Value::Array(Array::I32(v)) => {
             array("i32", v.iter().map(|n| (*n).into()).collect(), v.iter().flat_map(|n| n.to_le_bytes()).collect())
         }
-        Value::Array(Array::F32(v)) => {
-            array("f32", v.iter().map(|n| f64::from(*n).into()).collect(), v.iter().flat_map(|n| n.to_le_bytes()).collect())
-        }
+        Value::Array(Array::F32(v)) => array(
+            "f32",
+            v.iter().map(|n| f64::from(*n).into()).collect(),
+            v.iter().flat_map(|n| n.to_le_bytes()).collect(),
+        ),
         other => panic!("the reference writes no {other:?}"),
     }
 }
 
+#[allow(dead_code)]
 /// Equal, numbers as f32 (goldens hold the shortest decimal of an f32).
 pub fn equal(ours: &Json, golden: &Json) -> bool {
     match (ours.as_f64(), golden.as_f64()) {
         (Some(a), Some(b)) => a as f32 == b as f32,
         _ => ours == golden,
     }
+}
+
+/// Writes a GGUF file of metadata alone, for llama.cpp to read. On purpose not the writer of the crate.
+#[allow(dead_code)]
+pub fn write_vocab(file: &Path, metadata: &[(String, Value)]) {
+    fn text(out: &mut Vec<u8>, bytes: &[u8]) {
+        out.extend((bytes.len() as u64).to_le_bytes());
+        out.extend(bytes);
+    }
+    let mut out = b"GGUF".to_vec();
+    out.extend(3u32.to_le_bytes());
+    out.extend(0u64.to_le_bytes());
+    out.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        text(&mut out, key.as_bytes());
+        out.extend(value.type_id().to_le_bytes());
+        match value {
+            Value::U32(v) => out.extend(v.to_le_bytes()),
+            Value::I32(v) => out.extend(v.to_le_bytes()),
+            Value::F32(v) => out.extend(v.to_le_bytes()),
+            Value::Bool(v) => out.push((*v).into()),
+            Value::Str(v) => text(&mut out, v),
+            Value::Array(array) => {
+                out.extend(array.type_id().to_le_bytes());
+                out.extend((array.len() as u64).to_le_bytes());
+                match array {
+                    Array::Str(v) => v.iter().for_each(|s| text(&mut out, s)),
+                    Array::I32(v) => v.iter().for_each(|n| out.extend(n.to_le_bytes())),
+                    Array::F32(v) => v.iter().for_each(|n| out.extend(n.to_le_bytes())),
+                    other => panic!("no {other:?} here"),
+                }
+            }
+            other => panic!("no {other:?} here"),
+        }
+    }
+    out.resize(out.len().next_multiple_of(32), 0);
+    std::fs::write(file, out).unwrap();
 }

@@ -43,7 +43,10 @@ pub fn choose(
     if let Some(name) = wanted {
         if !names::NAMES.contains(&name) {
             let near = nearest(name, names::NAMES.iter().copied()).unwrap_or_default();
-            return Err(CheckpointError::file(file, format!("--pre {name}: llama.cpp knows no such pre-tokenizer; nearest: {near}")));
+            return Err(CheckpointError::file(
+                file,
+                format!("--pre {name}: llama.cpp knows no such pre-tokenizer; nearest: {near}"),
+            ));
         }
         return Ok(Chosen { name: name.into(), reason: "--pre".into(), warning: None });
     }

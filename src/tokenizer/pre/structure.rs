@@ -10,7 +10,8 @@ use serde_json::{Map, Value as Json};
 use crate::checkpoint::nearest::distance;
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-pub(in crate::tokenizer) const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(in crate::tokenizer) const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -46,10 +47,25 @@ static ROWS: &[Row] = &[
         bos: Some(true),
         ..row(
             LLAMA3_STEPS,
-            &["llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "glm4", "chatglm-bpe", "smaug-bpe", "dbrx"],
+            &[
+                "llama-bpe",
+                "falcon3",
+                "falcon-h1",
+                "pixtral",
+                "midm-2.0",
+                "lfm2",
+                "jina-v5-nano",
+                "glm4",
+                "chatglm-bpe",
+                "smaug-bpe",
+                "dbrx",
+            ],
         )
     },
-    Row { ignore_merges: Some(true), ..row(LLAMA3_STEPS, &["smaug-bpe", "llama-bpe", "falcon3", "falcon-h1", "lfm2", "glm4"]) },
+    Row {
+        ignore_merges: Some(true),
+        ..row(LLAMA3_STEPS, &["smaug-bpe", "llama-bpe", "falcon3", "falcon-h1", "lfm2", "glm4"])
+    },
     row(LLAMA3_STEPS, &["dbrx", "smaug-bpe", "llama-bpe", "chatglm-bpe", "glm4"]),
     row(&[QWEN2, BYTES], QWEN2_NAMES),
     row(&[QWEN35, BYTES], &["qwen35"]),
@@ -59,8 +75,24 @@ static ROWS: &[Row] = &[
     Row { normalizer: Some("NFC"), ..row(&[WORDS], &["olmo", "mpt", "gpt-2", "jais", "trillion", "modern-bert"]) },
     row(
         &[WORDS],
-        &["gpt-2", "phi-2", "olmo", "mpt", "jais", "roberta-bpe", "jina-v1-en", "jina-v2-code", "jina-v2-es", "jina-v2-de", "gigachat",
-          "mellum", "a.x-4.0", "exaone4", "granite-docling", "trillion"],
+        &[
+            "gpt-2",
+            "phi-2",
+            "olmo",
+            "mpt",
+            "jais",
+            "roberta-bpe",
+            "jina-v1-en",
+            "jina-v2-code",
+            "jina-v2-es",
+            "jina-v2-de",
+            "gigachat",
+            "mellum",
+            "a.x-4.0",
+            "exaone4",
+            "granite-docling",
+            "trillion",
+        ],
     ),
     Row { normalizer: Some("NFC"), ..row(&[DIGITS, WORDS], &["command-r", "refact", "smollm", "starcoder", "exaone"]) },
     row(
@@ -68,7 +100,10 @@ static ROWS: &[Row] = &[
         &["smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
     ),
     row(&["punctuation Contiguous", WORDS, "digit-runs", "[0-9][0-9][0-9]"], &["falcon"]),
-    row(&[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3, BYTES], &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"]),
+    row(
+        &[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3, BYTES],
+        &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
+    ),
     row(
         &[r"[\r\n]", DEEPSEEK_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", DIGITS, BYTES],
         &["deepseek-llm"],
@@ -79,8 +114,14 @@ static ROWS: &[Row] = &[
 ];
 
 /// Model classes whose name tells names of one row apart.
-const CLASSES: &[(&str, &str)] =
-    &[("Granite", "refact"), ("GPTBigCode", "refact"), ("Starcoder2", "starcoder"), ("Cohere", "command-r"), ("CodeShell", "codeshell"), ("Exaone", "exaone")];
+const CLASSES: &[(&str, &str)] = &[
+    ("Granite", "refact"),
+    ("GPTBigCode", "refact"),
+    ("Starcoder2", "starcoder"),
+    ("Cohere", "command-r"),
+    ("CodeShell", "codeshell"),
+    ("Exaone", "exaone"),
+];
 
 /// The pre-tokenizer as tokenizer.json describes it.
 #[derive(Debug, PartialEq)]
@@ -97,13 +138,16 @@ impl Structure {
         let mut steps = Vec::new();
         flatten(tokenizer.get("pre_tokenizer"), "pretokenizers", 0, &mut |step| steps.push(describe(step)));
         let mut normalizers = Vec::new();
-        flatten(tokenizer.get("normalizer"), "normalizers", 0, &mut |step| normalizers.push(text(step, "type").to_string()));
+        flatten(tokenizer.get("normalizer"), "normalizers", 0, &mut |step| {
+            normalizers.push(text(step, "type").to_string())
+        });
         let mut bos = false;
         flatten(tokenizer.get("post_processor"), "processors", 0, &mut |step| {
             bos |= text(step, "type") == "TemplateProcessing"
                 && step.get("single").and_then(|s| s.get(0)).is_some_and(|first| first.get("SpecialToken").is_some());
         });
-        let ignore_merges = tokenizer.get("model").and_then(|m| m.get("ignore_merges")).and_then(Json::as_bool).unwrap_or(false);
+        let ignore_merges =
+            tokenizer.get("model").and_then(|m| m.get("ignore_merges")).and_then(Json::as_bool).unwrap_or(false);
         Structure { steps, normalizer: normalizers.join("+"), ignore_merges, bos }
     }
 
@@ -203,7 +247,9 @@ mod tests {
     fn steps_are_recognised_in_either_spelling() {
         let split = |regex: &str| serde_json::json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
         let bytes = serde_json::json!({"type": "ByteLevel", "use_regex": false});
-        let with = |steps: Vec<Json>| structure(&serde_json::json!({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}).to_string());
+        let with = |steps: Vec<Json>| {
+            structure(&serde_json::json!({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}).to_string())
+        };
         assert_eq!(with(vec![split(LLAMA3), bytes.clone()]).names("").unwrap()[0], "dbrx");
         let literal = DEEPSEEK3.replace(r"\r", "\r").replace(r"\n", "\n");
         let v3 = with(vec![split(r"\p{N}{1,3}"), split("[一-龥\u{3040}-ゟ゠-ヿ]+"), split(&literal), bytes]);
