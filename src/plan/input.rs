@@ -67,7 +67,12 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
     let mut params = ParamCount::default();
     let mut embedding_rows = None;
     let (source, auto): (Box<dyn TensorSource>, OutType) = if r.vocab_only {
-        (Box::new(NoWeights), OutType::F16)
+        // the type is named after the weights all the same
+        let auto = Weights::open(path)
+            .ok()
+            .and_then(|w| CheckpointSource::new(w, arch, &hp, Vec::new(), MapOptions::default()).ok())
+            .map_or(OutType::F16, |s| s.auto_type());
+        (Box::new(NoWeights), auto)
     } else {
         let weights = Weights::open(path)?;
         let computed =
@@ -100,6 +105,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
             chat_template: r.chat_template.clone(),
             pre: r.pre.clone(),
             file_type,
+            vocab_only: r.vocab_only,
             embedding_rows,
             params,
         },
