@@ -8,6 +8,10 @@
 //! or sub-block per lane, so that every instruction set gives the same bytes.
 
 pub mod convert;
+#[cfg(target_arch = "x86_64")]
+pub mod iq_scan;
+#[cfg(target_arch = "x86_64")]
+pub mod iq_split;
 
 use super::FormatError;
 use crate::gguf::GgmlType;
