@@ -7,7 +7,15 @@
 //! The scalar code of the formats is the definition. Kernels do the same operations in the same order with one block
 //! or sub-block per lane, so that every instruction set gives the same bytes.
 
+mod affine;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod chunk;
 pub mod convert;
+mod positive;
+mod q4;
+mod symmetric;
+mod vector;
 
 use super::FormatError;
 use crate::gguf::GgmlType;
@@ -115,17 +123,62 @@ pub fn with_isa<T>(isa: Isa, f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// Defines `encode` of an instruction set: one function per format, compiled with its features, over its vector.
+macro_rules! entry_points {
+    ($features:literal, $lanes:ty) => {
+        /// Encodes a type that has a kernel; gives the job back for one that has none.
+        ///
+        /// # Safety
+        /// The machine has the features of this module.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn encode<'a>(
+            ty: crate::gguf::GgmlType,
+            job: super::chunk::Job<'a>,
+        ) -> Result<(), super::chunk::Job<'a>> {
+            use crate::gguf::GgmlType::*;
+            match ty {
+                Q4_K => q4_k(job),
+                Q5_K => q5_k(job),
+                _ => return Err(job),
+            }
+            Ok(())
+        }
+
+        super::entry_points!($features, $lanes,
+            q4_k = super::q4::encode(&super::super::kquant::q4k::Nibbles::Q4_K);
+            q5_k = super::q4::encode(&super::super::kquant::q4k::Nibbles::Q5_K);
+        );
+    };
+    ($features:literal, $lanes:ty, $($name:ident = $($path:ident)::+ ($($arg:expr),*);)*) => {
+        $(#[target_feature(enable = $features)]
+        fn $name(job: super::chunk::Job<'_>) {
+            $($path)::+::<$lanes>($($arg,)* job);
+        })*
+    };
+}
+pub(crate) use entry_points;
+
 /// Encodes with the kernel of a type for the instruction set in use, or with `scalar` where there is none.
 pub(crate) fn encode(
-    _ty: GgmlType,
+    ty: GgmlType,
     rows: &[f32],
     n_per_row: usize,
     weights: Option<&[f32]>,
     out: &mut [u8],
     scalar: impl FnOnce(&[f32], usize, Option<&[f32]>, &mut [u8]),
 ) -> Result<(), FormatError> {
-    if !rows.is_empty() {
-        scalar(rows, n_per_row, weights, out);
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let job = chunk::Job { rows, n_per_row, weights, out };
+    let left = match isa() {
+        // SAFETY: `isa` gives only instruction sets that this machine has.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::encode(ty, job) },
+        _ => Err(job),
+    };
+    if let Err(job) = left {
+        scalar(job.rows, job.n_per_row, job.weights, job.out);
     }
     Ok(())
 }
