@@ -55,7 +55,13 @@ impl Random {
             4 => (self.next() % 31) as f32 * 0.5 - 7.5,
             5 => f32::from_bits((self.gauss() * 0.02).to_bits() & 0xffff_0000),
             6 => self.gauss() * 2f32.powi((self.next() % 60) as i32 - 30),
-            7 => if self.next().is_multiple_of(17) { self.gauss() } else { 0.0 },
+            7 => {
+                if self.next().is_multiple_of(17) {
+                    self.gauss()
+                } else {
+                    0.0
+                }
+            }
             8 => self.gauss() * 1e-40,
             9 => self.gauss() * 1e30,
             10 => self.gauss() * 1e-15,
@@ -67,7 +73,13 @@ impl Random {
                 if v.is_finite() { v } else { -0.0 }
             }
             15 => [0.0, -0.0, 1e-42, -1e-42, 0.25, -0.25][(self.next() % 6) as usize],
-            16 => if self.next().is_multiple_of(100) { 100.0 } else { self.gauss() * 1e-5 },
+            16 => {
+                if self.next().is_multiple_of(100) {
+                    100.0
+                } else {
+                    self.gauss() * 1e-5
+                }
+            }
             _ => (self.next() % 3) as f32 - 1.0,
         }
     }
@@ -92,9 +104,8 @@ fn check(quantize: QuantizeChunk, format: &dyn BlockFormat, rounds: u64) -> usiz
         let rows = 1 + (random.next() % 20) as usize;
         // Kinds change from row to row in some rounds.
         let mixed = random.next().is_multiple_of(4);
-        let x: Vec<f32> = (0..rows * n)
-            .map(|i| random.value(if mixed { (kind + (i / n) as u64) % KINDS } else { kind }))
-            .collect();
+        let x: Vec<f32> =
+            (0..rows * n).map(|i| random.value(if mixed { (kind + (i / n) as u64) % KINDS } else { kind })).collect();
         let sparse = random.next().is_multiple_of(3);
         let w: Vec<f32> = (0..n)
             .map(|_| if sparse && random.next().is_multiple_of(2) { 0.0 } else { random.uniform().powi(3) * 10.0 })
@@ -109,7 +120,10 @@ fn check(quantize: QuantizeChunk, format: &dyn BlockFormat, rounds: u64) -> usiz
                     let at = (0..got.len()).find(|&i| got[i] != want[i]).expect("they differ");
                     let (block, byte) = (at / ty.block_bytes(), at % ty.block_bytes());
                     let weighted = w.is_some();
-                    eprintln!("{ty} {} kind {kind} mixed {mixed} weights {weighted} {rows} x {n}: block {block} byte {byte}", isa.name());
+                    eprintln!(
+                        "{ty} {} kind {kind} mixed {mixed} weights {weighted} {rows} x {n}: block {block} byte {byte}",
+                        isa.name()
+                    );
                     wrong += 1;
                 }
             }
@@ -144,9 +158,8 @@ fn bench(quantize: Option<QuantizeChunk>, format: &dyn BlockFormat) {
         }
         let mut scalar = 0.0;
         for isa in Isa::available() {
-            let speed = simd::with_isa(isa, || {
-                speed(x.len(), || format.encode(&x, N, w, &mut out).expect("it encodes"))
-            });
+            let speed =
+                simd::with_isa(isa, || speed(x.len(), || format.encode(&x, N, w, &mut out).expect("it encodes")));
             print!("  {} {speed:8.1}", isa.name());
             if isa == Isa::Scalar {
                 scalar = speed;

@@ -12,6 +12,29 @@ pub(super) struct Fit<V> {
     pub origin: V,
 }
 
+/// The searches of a chunk, by sub-block.
+pub(super) struct Fits<const N: usize> {
+    pub scale: [f32; N],
+    pub the_min: [f32; N],
+    pub iscale: [f32; N],
+    pub origin: [f32; N],
+}
+
+impl<const N: usize> Fits<N> {
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Fits { scale: [0.0; N], the_min: [0.0; N], iscale: [0.0; N], origin: [0.0; N] }
+    }
+
+    #[inline(always)]
+    pub(super) fn store<V: Vector>(&mut self, first: usize, fit: Fit<V>) {
+        fit.scale.store(&mut self.scale[first..]);
+        fit.the_min.store(&mut self.the_min[first..]);
+        fit.iscale.store(&mut self.iscale[first..]);
+        fit.origin.store(&mut self.origin[first..]);
+    }
+}
+
 /// [`make_qkx_quants`](super::super::search::make_qkx_quants) for `V::LANES` sub-blocks of `N` values.
 #[inline(always)]
 pub(super) fn search<V: Vector, const N: usize>(p: &Affine, x: &[V; N], w: &[V; N]) -> Fit<V> {
@@ -54,8 +77,8 @@ pub(super) fn search<V: Vector, const N: usize>(p: &Affine, x: &[V; N], w: &[V; 
         let iscale = V::splat(p.rmin + p.rdelta * is as f32 + p.nmax as f32) / range;
         // x − min and its product are monotonic in x, so the extremes tell whether a level can wrap.
         let limit = V::splat(4194303.0);
-        let wraps = !p.guarded
-            && !(limit.gt((iscale * (max - min)).abs()) & limit.gt((iscale * (lowest - min)).abs())).all();
+        let wraps =
+            !p.guarded && !(limit.gt((iscale * (max - min)).abs()) & limit.gt((iscale * (lowest - min)).abs())).all();
         let mut levels = [zero; N];
         let (mut sum_l, mut sum_l2, mut sum_xl) = (zero, zero, zero);
         if wraps {

@@ -21,8 +21,8 @@ pub(super) struct Avx2Mask(__m256);
 /// Evaluates intrinsics that touch registers only.
 macro_rules! avx2 {
     ($e:expr) => {
-        // SAFETY: the intrinsics need AVX2, and vectors of this module are used only by its entry points, which run
-        // after AVX2 was detected.
+        // SAFETY: the intrinsics need AVX2 or F16C, and vectors of this module are used only by its entry points, which run
+        // after both were detected.
         unsafe { $e }
     };
 }
@@ -84,6 +84,16 @@ impl Vector for Avx2 {
         let dst = &mut dst[..8];
         // SAFETY: AVX2 as in `avx2!`; the slice holds eight values.
         unsafe { _mm256_storeu_ps(dst.as_mut_ptr(), self.0) }
+    }
+
+    #[inline(always)]
+    fn store_f16(self, dst: &mut [u16]) {
+        let dst = &mut dst[..8];
+        // SAFETY: AVX2 and F16C as in `avx2!`; the slice holds eight values.
+        unsafe {
+            let halves = _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(self.0);
+            _mm_storeu_si128(dst.as_mut_ptr().cast(), halves);
+        }
     }
 
     /// A transposition of 8 × 8 values: pairs, fours, halves.
@@ -187,7 +197,7 @@ impl Vector for Avx2 {
         const ODD: [f32; 8] = values(1);
         const PAIRS: [f32; 8] = pair_borders();
         /// Borders between pairs within each four, for both halves of the vector.
-        const FOURS: [f32; 8] = 
+        const FOURS: [f32; 8] =
             [BORDERS[1], BORDERS[5], BORDERS[9], BORDERS[13], BORDERS[1], BORDERS[5], BORDERS[9], BORDERS[13]];
         /// One bit where the mask is set.
         #[inline(always)]

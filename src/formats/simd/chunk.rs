@@ -43,8 +43,7 @@ pub(super) fn run<K: Kernel>(kernel: K, job: Job<'_>) {
     let Job { rows, n_per_row, weights, out } = job;
     let (values, bytes) = (K::BLOCK * K::BLOCKS, kernel.block_bytes() * K::BLOCKS);
     // The weights of a row and, so that each chunk finds its weights in one piece, as many more as a chunk has.
-    let cyclic: Vec<f32> =
-        weights.map_or(Vec::new(), |w| w.iter().copied().cycle().take(n_per_row + values).collect());
+    let cyclic: Vec<f32> = weights.map_or(Vec::new(), |w| w.iter().copied().cycle().take(n_per_row + values).collect());
     let mut padding = (Vec::new(), Vec::new());
     let mut at = 0;
     while at < rows.len() {

@@ -12,8 +12,13 @@ mod affine;
 mod avx2;
 mod chunk;
 pub mod convert;
+mod iq4;
+mod legacy;
 mod positive;
+mod q2;
+mod q3;
 mod q4;
+mod q6;
 mod symmetric;
 mod vector;
 
@@ -137,16 +142,36 @@ macro_rules! entry_points {
         ) -> Result<(), super::chunk::Job<'a>> {
             use crate::gguf::GgmlType::*;
             match ty {
+                Q4_0 => q4_0(job),
+                Q4_1 => q4_1(job),
+                Q5_0 => q5_0(job),
+                Q5_1 => q5_1(job),
+                Q8_0 => q8_0(job),
+                Q2_K => q2_k(job),
+                Q3_K => q3_k(job),
                 Q4_K => q4_k(job),
                 Q5_K => q5_k(job),
+                Q6_K => q6_k(job),
+                IQ4_NL => iq4_nl(job),
+                IQ4_XS => iq4_xs(job),
                 _ => return Err(job),
             }
             Ok(())
         }
 
         super::entry_points!($features, $lanes,
+            q4_0 = super::legacy::encode(&super::super::legacy::Small::Q4_0);
+            q4_1 = super::legacy::encode(&super::super::legacy::Small::Q4_1);
+            q5_0 = super::legacy::encode(&super::super::legacy::Small::Q5_0);
+            q5_1 = super::legacy::encode(&super::super::legacy::Small::Q5_1);
+            q8_0 = super::legacy::encode_q8_0();
+            q2_k = super::q2::encode();
+            q3_k = super::q3::encode();
             q4_k = super::q4::encode(&super::super::kquant::q4k::Nibbles::Q4_K);
             q5_k = super::q4::encode(&super::super::kquant::q4k::Nibbles::Q5_K);
+            q6_k = super::q6::encode();
+            iq4_nl = super::iq4::encode_nl();
+            iq4_xs = super::iq4::encode_xs();
         );
     };
     ($features:literal, $lanes:ty, $($name:ident = $($path:ident)::+ ($($arg:expr),*);)*) => {

@@ -1,6 +1,7 @@
 //! The search for the scale of scales (`make_qp_quants`), one super-block per lane.
 
 use super::super::search::MAX_EPS;
+use super::chunk::{LANES, columns};
 use super::vector::{Mask, Vector};
 
 /// [`make_qp_quants`](super::super::search::make_qp_quants) for `V::LANES` super-blocks of `N` scales. Replaces the
@@ -81,4 +82,49 @@ pub(super) fn search<V: Vector, const N: usize>(nmax: i32, x: &mut [V; N], w: &[
         i += 1;
     }
     zero.replace(suml2.gt(zero), sumlx / suml2).replace(empty, zero)
+}
+
+/// The quantized scales and minima of [`LANES`] super-blocks of `N` sub-blocks.
+pub(super) struct Quantized<const N: usize> {
+    levels: [[[f32; LANES]; N]; 2],
+    d: [[f32; LANES]; 2],
+}
+
+impl<const N: usize> Quantized<N> {
+    /// Scales, minima, `d` and `dmin` of one.
+    #[inline(always)]
+    pub(super) fn of_block(&self, b: usize) -> ([u8; N], [u8; N], f32, f32) {
+        let (mut ls, mut lm) = ([0u8; N], [0u8; N]);
+        let mut j = 0;
+        while j < N {
+            ls[j] = self.levels[0][j][b] as u8;
+            lm[j] = self.levels[1][j][b] as u8;
+            j += 1;
+        }
+        (ls, lm, self.d[0][b], self.d[1][b])
+    }
+}
+
+/// [`search`] for the scales and for the minima of super-blocks, given by sub-block, with the sums of weights.
+#[inline(always)]
+pub(super) fn scales_and_mins<V: Vector, const N: usize>(
+    nmax: i32,
+    scales: &[f32],
+    mins: &[f32],
+    sums: &[f32],
+) -> Quantized<N> {
+    let mut out = Quantized { levels: [[[0.0; LANES]; N]; 2], d: [[0.0; LANES]; 2] };
+    let sums = columns::<V, N>(sums, N);
+    let mut k = 0;
+    while k < 2 {
+        let mut v = columns::<V, N>(if k == 0 { scales } else { mins }, N);
+        search(nmax, &mut v, &sums).store(&mut out.d[k]);
+        let mut j = 0;
+        while j < N {
+            v[j].store(&mut out.levels[k][j]);
+            j += 1;
+        }
+        k += 1;
+    }
+    out
 }

@@ -2,7 +2,7 @@
 
 use super::super::kquant::q4k::{Nibbles, finish, scales_plain};
 use super::super::kquant::{QK_K, affine_levels};
-use super::affine;
+use super::affine::{self, Fits};
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, sum, sums_of_squares};
 use super::positive;
 use super::vector::Vector;
@@ -18,29 +18,6 @@ pub(super) fn encode<V: Vector>(format: &'static Nibbles, job: Job<'_>) {
     match job.weights {
         None => run(Plain::<V>(format, PhantomData), job),
         Some(_) => run(Weighted::<V>(format, PhantomData), job),
-    }
-}
-
-/// The searches of a chunk, by sub-block.
-struct Fits<const N: usize> {
-    scale: [f32; N],
-    the_min: [f32; N],
-    iscale: [f32; N],
-    origin: [f32; N],
-}
-
-impl<const N: usize> Fits<N> {
-    #[inline(always)]
-    fn new() -> Self {
-        Fits { scale: [0.0; N], the_min: [0.0; N], iscale: [0.0; N], origin: [0.0; N] }
-    }
-
-    #[inline(always)]
-    fn store<V: Vector>(&mut self, first: usize, fit: affine::Fit<V>) {
-        fit.scale.store(&mut self.scale[first..]);
-        fit.the_min.store(&mut self.the_min[first..]);
-        fit.iscale.store(&mut self.iscale[first..]);
-        fit.origin.store(&mut self.origin[first..]);
     }
 }
 
@@ -108,32 +85,14 @@ impl<V: Vector> Kernel for Weighted<V> {
             fits.store(first, affine::search(&self.0.weighted, &values, &w));
             first += LANES;
         }
-        let sums = V::load_columns(&sums, SUBS);
-        let mut quantized = [[0.0f32; LANES]; 2 * SUBS];
-        let mut d = [[0.0f32; LANES]; 2];
-        let mut k = 0;
-        while k < 2 {
-            let mut v = V::load_columns(if k == 0 { &fits.scale } else { &fits.the_min }, SUBS);
-            positive::search(63, &mut v, &sums).store(&mut d[k]);
-            let mut j = 0;
-            while j < SUBS {
-                v[j].store(&mut quantized[k * SUBS + j]);
-                j += 1;
-            }
-            k += 1;
-        }
+        let quantized = positive::scales_and_mins::<V, SUBS>(63, &fits.scale, &fits.the_min, &sums);
         for (b, out) in out.chunks_exact_mut(self.block_bytes()).enumerate() {
             let x = x[b * QK_K..].first_chunk().expect("whole super-blocks");
-            let (mut ls, mut lm) = ([0u8; SUBS], [0u8; SUBS]);
-            for j in 0..SUBS {
-                ls[j] = quantized[j][b] as u8;
-                lm[j] = quantized[SUBS + j][b] as u8;
-            }
             let searched = |j: usize, l: &mut [u8]| {
                 let at = b * SUBS + j;
                 affine_levels(&self.0.weighted, &x[SUB * j..], fits.iscale[at], fits.origin[at], l);
             };
-            finish(self.0, x, (ls, lm, d[0][b], d[1][b]), searched, out);
+            finish(self.0, x, quantized.of_block(b), searched, out);
         }
     }
 }

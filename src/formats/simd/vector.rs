@@ -28,6 +28,8 @@ pub(super) trait Vector:
     /// The first [`Self::LANES`] values.
     fn load(src: &[f32]) -> Self;
     fn store(self, dst: &mut [f32]);
+    /// Rounds to f16 (`GGML_FP32_TO_FP16`).
+    fn store_f16(self, dst: &mut [u16]);
     /// Eight columns of rows that are `stride` apart: lane k of vector i is `src[k * stride + i]`.
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8];
 
@@ -166,6 +168,15 @@ impl<V: Vector, const N: usize> Vector for Wide<V, N> {
         let mut k = 0;
         while k < N {
             self.0[k].store(&mut dst[k * V::LANES..]);
+            k += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn store_f16(self, dst: &mut [u16]) {
+        let mut k = 0;
+        while k < N {
+            self.0[k].store_f16(&mut dst[k * V::LANES..]);
             k += 1;
         }
     }
