@@ -26,6 +26,14 @@ macro_rules! avx2 {
         unsafe { $e }
     };
 }
+impl Avx2 {
+    /// For vectors that are made of two.
+    #[inline(always)]
+    pub(super) fn register(self) -> __m256 {
+        self.0
+    }
+}
+
 impl BitAnd for Avx2Mask {
     type Output = Self;
     #[inline(always)]

@@ -7,13 +7,20 @@
 //! The scalar code of the formats is the definition. Kernels do the same operations in the same order with one block
 //! or sub-block per lane, so that every instruction set gives the same bytes.
 
+// Other machines have the scalar code only.
+#![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, unused_macros, unused_imports))]
+
 mod affine;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod chunk;
 pub mod convert;
 mod iq4;
 mod legacy;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod positive;
 mod q2;
 mod q3;
@@ -196,10 +203,16 @@ pub(crate) fn encode(
         return Ok(());
     }
     let job = chunk::Job { rows, n_per_row, weights, out };
-    let left = match isa() {
+    let left: Result<(), chunk::Job<'_>> = match isa() {
         // SAFETY: `isa` gives only instruction sets that this machine has.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { avx2::encode(ty, job) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::encode(ty, job) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::encode(ty, job) },
         _ => Err(job),
     };
     if let Err(job) = left {
