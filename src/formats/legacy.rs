@@ -42,12 +42,18 @@ impl Small {
 
     /// Writes a block: `d`, `m` (for `_1`) as f32, and levels.
     #[inline(always)]
-    pub(crate) fn write(&self, d: f32, m: f32, levels: &[u8; QK], out: &mut [u8]) {
+    fn write(&self, d: f32, m: f32, levels: &[u8; QK], out: &mut [u8]) {
+        self.write_bits(to_f16_bits(d), to_f16_bits(m), levels, out);
+    }
+
+    /// Writes a block: f16 `d`, f16 `m` (for `_1`), and levels.
+    #[inline(always)]
+    pub(crate) fn write_bits(&self, d: u16, m: u16, levels: &[u8; QK], out: &mut [u8]) {
         let (head, qs) = out.split_at_mut(out.len() - QK / 2);
-        head[..2].copy_from_slice(&to_f16_bits(d).to_le_bytes());
+        head[..2].copy_from_slice(&d.to_le_bytes());
         let mut at = 2;
         if self.min {
-            head[2..4].copy_from_slice(&to_f16_bits(m).to_le_bytes());
+            head[2..4].copy_from_slice(&m.to_le_bytes());
             at = 4;
         }
         if self.bits == 5 {
@@ -215,11 +221,7 @@ impl BlockFormat for Q8_0 {
         check_encode(self.ggml_type(), rows, n, w, out);
         simd::encode(self.ggml_type(), rows, n, w, out, |rows, _, _, out| {
             for (x, out) in rows.as_chunks::<QK>().0.iter().zip(out.as_chunks_mut::<34>().0) {
-                let amax = x.iter().fold(0.0f32, |a, v| if a > v.abs() { a } else { v.abs() });
-                let d = amax / 127.0;
-                let id = if d != 0.0 { 1.0 / d } else { 0.0 };
-                out[..2].copy_from_slice(&to_f16_bits(d).to_le_bytes());
-                out[2..].iter_mut().zip(x).for_each(|(q, v)| *q = round_away(v * id) as u8);
+                q8_0_block(x, out);
             }
         })
     }
@@ -227,4 +229,13 @@ impl BlockFormat for Q8_0 {
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
         validate_f16_fields(self.ggml_type(), blocks, &[0])
     }
+}
+
+/// `quantize_row_q8_0_ref`, one block.
+pub(crate) fn q8_0_block(x: &[f32; QK], out: &mut [u8; 34]) {
+    let amax = x.iter().fold(0.0f32, |a, v| if a > v.abs() { a } else { v.abs() });
+    let d = amax / 127.0;
+    let id = if d != 0.0 { 1.0 / d } else { 0.0 };
+    out[..2].copy_from_slice(&to_f16_bits(d).to_le_bytes());
+    out[2..].iter_mut().zip(x).for_each(|(q, v)| *q = round_away(v * id) as u8);
 }

@@ -162,7 +162,7 @@ pub(crate) struct Affine {
 impl Affine {
     /// The level of `v` = iscale · (x − min).
     #[inline(always)]
-    fn level(&self, v: f32) -> i32 {
+    pub(crate) fn level(&self, v: f32) -> i32 {
         if self.guarded {
             let nmax = self.nmax as f32;
             if v > 0.0 { nearest_int(if v < nmax { v } else { nmax }) } else { 0 }

@@ -14,7 +14,7 @@ pub use q3k::Q3K;
 pub use q4k::{Q4K, Q5K};
 pub use q6k::Q6K;
 
-use super::search::nearest_int;
+use super::search::{Affine, nearest_int};
 
 /// Values per super-block (`QK_K`).
 pub(crate) const QK_K: usize = 256;
@@ -88,5 +88,19 @@ fn unpack_pairs_of_bits(qs: &[u8], mut value: impl FnMut(usize, u8)) {
                 value(128 * half + 32 * k + i, (q >> (2 * k)) & 3);
             }
         }
+    }
+}
+
+/// The levels of an affine search, from the iscale and the minimum that gave them.
+pub(crate) fn affine_levels(p: &Affine, x: &[f32], iscale: f32, origin: f32, levels: &mut [u8]) {
+    for (l, &x) in levels.iter_mut().zip(x) {
+        *l = p.level(iscale * (x - origin)) as u8;
+    }
+}
+
+/// The levels of a search around zero, counted from −nmax; iscale 0 says that all values are zero.
+pub(crate) fn symmetric_levels(nmax: i32, x: &[f32], iscale: f32, levels: &mut [u8]) {
+    for (l, &x) in levels.iter_mut().zip(x) {
+        *l = if iscale == 0.0 { 0 } else { (nearest_int(iscale * x).clamp(-nmax, nmax - 1) + nmax) as u8 };
     }
 }

@@ -17,6 +17,8 @@ pub(crate) struct Nibbles {
     pub plain: Affine,
     /// Search of `quantize_row_q4_K_impl`, `quantize_row_q5_K_impl`.
     pub weighted: Affine,
+    /// Whether quantized scales above 63 (negative ones that wrapped) are clamped.
+    pub clamps: bool,
 }
 
 impl Nibbles {
@@ -24,11 +26,13 @@ impl Nibbles {
         ty: GgmlType::Q4_K,
         plain: Affine { nmax: 15, rmin: -1.0, rdelta: 0.1, nstep: 20, mad: false, guarded: false },
         weighted: Affine { nmax: 15, rmin: -0.9, rdelta: 0.05, nstep: 36, mad: false, guarded: true },
+        clamps: false,
     };
     pub(crate) const Q5_K: Nibbles = Nibbles {
         ty: GgmlType::Q5_K,
         plain: Affine { nmax: 31, rmin: -0.5, rdelta: 0.1, nstep: 15, mad: false, guarded: false },
         weighted: Affine { nmax: 31, rmin: -0.9, rdelta: 0.05, nstep: 36, mad: false, guarded: true },
+        clamps: true,
     };
 
     /// Bytes before the nibbles: header, and for Q5_K the high bits.
@@ -162,15 +166,19 @@ fn scale_min(q: &[u8], j: usize) -> (u8, u8) {
 pub(crate) fn finish(
     format: &Nibbles,
     x: &[f32; QK_K],
-    (ls, lm, d, dmin): ([u8; 8], [u8; 8], f32, f32),
+    (mut ls, mut lm, d, dmin): ([u8; 8], [u8; 8], f32, f32),
     searched: impl Fn(usize, &mut [u8]),
     out: &mut [u8],
 ) {
+    if format.clamps {
+        ls = ls.map(|l| l.min(63));
+        lm = lm.map(|l| l.min(63));
+    }
     let mut packed = [0u8; 12];
     packed[..4].copy_from_slice(&ls[..4]);
     packed[4..8].copy_from_slice(&lm[..4]);
     for j in 4..8 {
-        // Levels above 63 (a negative scale that wrapped) spill into the neighbours' bits in Q4_K, as in the source.
+        // Levels above 63 spill into the neighbours' bits in Q4_K, as in the source.
         packed[j + 4] = (ls[j] & 0xf) | ((lm[j] & 0xf) << 4);
         packed[j - 4] |= (ls[j] >> 4) << 6;
         packed[j] |= (lm[j] >> 4) << 6;

@@ -7,7 +7,27 @@
 //! The scalar code of the formats is the definition. Kernels do the same operations in the same order with one block
 //! or sub-block per lane, so that every instruction set gives the same bytes.
 
+// Other machines have the scalar code only.
+#![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, unused_macros, unused_imports))]
+
+mod affine;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod chunk;
 pub mod convert;
+mod iq4;
+mod legacy;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod positive;
+mod q2;
+mod q3;
+mod q4;
+mod q6;
+mod symmetric;
+mod vector;
 #[cfg(target_arch = "x86_64")]
 pub mod iq_scan;
 #[cfg(target_arch = "x86_64")]
@@ -119,17 +139,88 @@ pub fn with_isa<T>(isa: Isa, f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// Defines `encode` of an instruction set: one function per format, compiled with its features, over its vector.
+macro_rules! entry_points {
+    ($features:literal, $lanes:ty) => {
+        /// Encodes a type that has a kernel; gives the job back for one that has none.
+        ///
+        /// # Safety
+        /// The machine has the features of this module.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn encode<'a>(
+            ty: crate::gguf::GgmlType,
+            job: super::chunk::Job<'a>,
+        ) -> Result<(), super::chunk::Job<'a>> {
+            use crate::gguf::GgmlType::*;
+            match ty {
+                Q4_0 => q4_0(job),
+                Q4_1 => q4_1(job),
+                Q5_0 => q5_0(job),
+                Q5_1 => q5_1(job),
+                Q8_0 => q8_0(job),
+                Q2_K => q2_k(job),
+                Q3_K => q3_k(job),
+                Q4_K => q4_k(job),
+                Q5_K => q5_k(job),
+                Q6_K => q6_k(job),
+                IQ4_NL => iq4_nl(job),
+                IQ4_XS => iq4_xs(job),
+                _ => return Err(job),
+            }
+            Ok(())
+        }
+
+        super::entry_points!($features, $lanes,
+            q4_0 = super::legacy::encode(&super::super::legacy::Small::Q4_0);
+            q4_1 = super::legacy::encode(&super::super::legacy::Small::Q4_1);
+            q5_0 = super::legacy::encode(&super::super::legacy::Small::Q5_0);
+            q5_1 = super::legacy::encode(&super::super::legacy::Small::Q5_1);
+            q8_0 = super::legacy::encode_q8_0();
+            q2_k = super::q2::encode();
+            q3_k = super::q3::encode();
+            q4_k = super::q4::encode(&super::super::kquant::q4k::Nibbles::Q4_K);
+            q5_k = super::q4::encode(&super::super::kquant::q4k::Nibbles::Q5_K);
+            q6_k = super::q6::encode();
+            iq4_nl = super::iq4::encode_nl();
+            iq4_xs = super::iq4::encode_xs();
+        );
+    };
+    ($features:literal, $lanes:ty, $($name:ident = $($path:ident)::+ ($($arg:expr),*);)*) => {
+        $(#[target_feature(enable = $features)]
+        fn $name(job: super::chunk::Job<'_>) {
+            $($path)::+::<$lanes>($($arg,)* job);
+        })*
+    };
+}
+pub(crate) use entry_points;
+
 /// Encodes with the kernel of a type for the instruction set in use, or with `scalar` where there is none.
 pub(crate) fn encode(
-    _ty: GgmlType,
+    ty: GgmlType,
     rows: &[f32],
     n_per_row: usize,
     weights: Option<&[f32]>,
     out: &mut [u8],
     scalar: impl FnOnce(&[f32], usize, Option<&[f32]>, &mut [u8]),
 ) -> Result<(), FormatError> {
-    if !rows.is_empty() {
-        scalar(rows, n_per_row, weights, out);
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let job = chunk::Job { rows, n_per_row, weights, out };
+    let left: Result<(), chunk::Job<'_>> = match isa() {
+        // SAFETY: `isa` gives only instruction sets that this machine has.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::encode(ty, job) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::encode(ty, job) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::encode(ty, job) },
+        _ => Err(job),
+    };
+    if let Err(job) = left {
+        scalar(job.rows, job.n_per_row, job.weights, job.out);
     }
     Ok(())
 }
