@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 const FIXTURE: &str = include_str!("../fixtures/iq-blocks.txt");
 const ROWS: usize = 2;
 const COLS: usize = 512;
-const KINDS: [&str; 14] = [
+const KINDS: [&str; 15] = [
     "gauss",
     "heavy",
     "bf16",
@@ -25,6 +25,7 @@ const KINDS: [&str; 14] = [
     "tiny",
     "big",
     "huge",
+    "edges",
 ];
 
 /// splitmix64.
@@ -84,6 +85,11 @@ fn values(kind: &str) -> Vec<f32> {
             "tiny" => r.bell() * pow2(-50),
             "big" => r.bell() * pow2(30),
             "huge" => r.bell() * pow2(80),
+            "edges" => {
+                let z = r.next();
+                let edge = (((97 + z % 30) << 23) - (z >> 32) % 8) as u32;
+                if i % 32 == 5 { f32::from_bits(edge) } else { 0.0 }
+            }
             _ => unreachable!(),
         });
     }

@@ -3,7 +3,7 @@
 use super::grids::{GRID2_256, GRID2_512, GRID2_1024, VALUES_IQ2};
 use super::neighbours;
 use super::qp::qp_scale;
-use super::search::{Again, Sub, Trials, search};
+use super::search::{Again, Scan, Sub, Trials, search};
 use super::signs::{apply, apply_even, largest, split_even_signs, split_signs};
 use super::util::{
     c_max, decode_blocks, each_block, f16_at, f16_bytes, first_f16, importance, scale_index, sub, sum_of_squares,
@@ -62,6 +62,7 @@ impl BlockFormat for Iq2Xxs {
         let ty = GgmlType::IQ2_XXS;
         let weights = weights.ok_or(FormatError::NeedsWeights(ty))?;
         let lattice = neighbours::iq2_xxs();
+        let mut scan = Scan::NEW;
         each_block(ty, rows, n_per_row, Some(weights), out, |x, qw, b| {
             let qw = qw.expect("weights were given");
             b.fill(0);
@@ -82,7 +83,7 @@ impl BlockFormat for Iq2Xxs {
                 }
                 let sb = Sub { x: mags, w, w_root: w.map(f32::sqrt) };
                 let trials = Trials::new(5.0, 6, 0.1, eff_max);
-                let mut found = search::<2, 8, 32>(lattice, &sb, &trials, first, Again::All)?;
+                let mut found = search::<2, 8, 32>(lattice, &sb, &trials, first, Again::All, &mut scan)?;
                 if found.scale < 0.0 {
                     found.scale = -found.scale;
                     signs = signs.map(|s| !s & 127);
@@ -90,8 +91,8 @@ impl BlockFormat for Iq2Xxs {
                 scales[ib] = found.scale;
                 max_scale = c_max(max_scale, found.scale);
                 let b = &mut b[2 + 8 * ib..][..8];
-                for k in 0..4 {
-                    b[k] = lattice.index(found.codes[k]) as u8;
+                for (q, code) in b[..4].iter_mut().zip(found.codes) {
+                    *q = lattice.index(code) as u8;
                 }
                 let signs = (0..4).fold(0, |all, k| all | u32::from(signs[k]) << (7 * k));
                 b[4..].copy_from_slice(&signs.to_le_bytes());
@@ -121,9 +122,10 @@ fn search_16(
     mags: [f32; 16],
     w: [f32; 16],
     max: f32,
+    scan: &mut Scan,
 ) -> Result<super::search::Found, FormatError> {
     let sb = Sub { x: mags, w, w_root: w.map(f32::sqrt) };
-    search::<2, 8, 16>(lattice, &sb, &Trials::new(5.0, 9, 0.1, max), max / 5.0, Again::OffGrid)
+    search::<2, 8, 16>(lattice, &sb, &Trials::new(5.0, 9, 0.1, max), max / 5.0, Again::OffGrid, scan)
 }
 
 /// Stores the scales of 16 sub-blocks as nibbles.
@@ -165,6 +167,7 @@ impl BlockFormat for Iq2Xs {
         let ty = GgmlType::IQ2_XS;
         let weights = weights.ok_or(FormatError::NeedsWeights(ty))?;
         let lattice = neighbours::iq2_xs();
+        let mut scan = Scan::NEW;
         each_block(ty, rows, n_per_row, Some(weights), out, |x, qw, b| {
             let qw = qw.expect("weights were given");
             b.fill(0);
@@ -179,7 +182,7 @@ impl BlockFormat for Iq2Xs {
                 if max < EPS {
                     continue;
                 }
-                let mut found = search_16(lattice, mags, w, max)?;
+                let mut found = search_16(lattice, mags, w, max, &mut scan)?;
                 if found.scale < 0.0 {
                     found.scale = -found.scale;
                     signs = signs.map(|s| !s & 127);
@@ -237,12 +240,13 @@ impl BlockFormat for Iq2S {
         out: &mut [u8],
     ) -> Result<(), FormatError> {
         let lattice = neighbours::iq2_s();
+        let mut scan = Scan::NEW;
         each_block(GgmlType::IQ2_S, rows, n_per_row, weights, out, |x, qw, b| {
             b.fill(0);
             let sigma2 = 2.0 * sum_of_squares(x) / 256.0;
             let mut scales = [0.0; 16];
             let mut max_scale = 0.0;
-            for ib in 0..16 {
+            for (ib, place) in scales.iter_mut().enumerate() {
                 let x = sub::<16>(x, ib);
                 let w = match qw {
                     Some(qw) => importance(x, sub(qw, ib), sigma2),
@@ -253,19 +257,19 @@ impl BlockFormat for Iq2S {
                 if max < EPS_S {
                     continue;
                 }
-                let mut found = search_16(lattice, mags, w, max)?;
+                let mut found = search_16(lattice, mags, w, max, &mut scan)?;
                 if found.scale < 0.0 {
                     found.scale = -found.scale;
                     signs = signs.map(|s| !s);
                 }
-                scales[ib] = found.scale;
+                *place = found.scale;
                 max_scale = c_max(max_scale, found.scale);
-                for k in 0..2 {
+                for (k, sign) in signs.into_iter().enumerate().take(2) {
                     let i = 2 * ib + k;
                     let index = lattice.index(found.codes[k]);
                     b[2 + i] = index as u8;
                     b[66 + i / 4] |= ((index >> 8) << (2 * (i % 4))) as u8;
-                    b[34 + i] = signs[k];
+                    b[34 + i] = sign;
                 }
             }
             if max_scale == 0.0 {

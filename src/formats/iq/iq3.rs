@@ -2,7 +2,7 @@
 
 use super::grids::{GRID3_256, GRID3_512, VALUES_IQ3_S, VALUES_IQ3_XXS};
 use super::neighbours;
-use super::search::{Again, Sub, Trials, search};
+use super::search::{Again, Scan, Sub, Trials, search};
 use super::signs::{apply, apply_even, largest, split_even_signs, split_signs};
 use super::util::{
     c_max, decode_blocks, each_block, f16_at, f16_bytes, first_f16, importance, scale_index, sub, sum_of_squares,
@@ -55,6 +55,7 @@ impl BlockFormat for Iq3Xxs {
     /// `quantize_row_iq3_xxs_impl` with a grid of 256.
     fn encode(&self, rows: &[f32], n_per_row: usize, qw: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
         let lattice = neighbours::iq3_xxs();
+        let mut scan = Scan::NEW;
         each_block(GgmlType::IQ3_XXS, rows, n_per_row, qw, out, |x, qw, b| {
             b.fill(0);
             let sigma2 = 2.0 * sum_of_squares(x) / 256.0;
@@ -70,7 +71,7 @@ impl BlockFormat for Iq3Xxs {
                 }
                 let sb = Sub { x: mags, w, w_root: w.map(f32::sqrt) };
                 let trials = Trials::new(15.0, 15, 0.2, max);
-                let mut found = search::<3, 4, 32>(lattice, &sb, &trials, max / 15.0, Again::OffGrid)?;
+                let mut found = search::<3, 4, 32>(lattice, &sb, &trials, max / 15.0, Again::OffGrid, &mut scan)?;
                 if found.scale < 0.0 {
                     found.scale = -found.scale;
                     signs = signs.map(|s| !s & 127);
@@ -134,6 +135,7 @@ impl BlockFormat for Iq3S {
     /// Such a block does not decode to what was encoded. The bytes are ggml's, so this is done here, too.
     fn encode(&self, rows: &[f32], n_per_row: usize, qw: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
         let lattice = neighbours::iq3_s();
+        let mut scan = Scan::NEW;
         each_block(GgmlType::IQ3_S, rows, n_per_row, qw, out, |x, qw, b| {
             b.fill(0);
             let sigma2 = 2.0 * sum_of_squares(x) / 256.0;
@@ -150,7 +152,7 @@ impl BlockFormat for Iq3S {
                 }
                 let sb = Sub { x: mags, w, w_root: w.map(f32::sqrt) };
                 let trials = Trials::new(15.0, 9, 0.2, max);
-                let mut found = search::<3, 4, 32>(lattice, &sb, &trials, max / 15.0, Again::AllIfAnyOff)?;
+                let mut found = search::<3, 4, 32>(lattice, &sb, &trials, max / 15.0, Again::AllIfAnyOff, &mut scan)?;
                 if found.scale < 0.0 {
                     found.scale = -found.scale;
                     signs = signs.map(|s| !s);

@@ -10,7 +10,7 @@ mod iq1;
 mod iq2;
 mod iq3;
 pub mod neighbours;
-mod qp;
+pub mod qp;
 pub mod search;
 mod signs;
 pub mod split;

@@ -30,9 +30,9 @@ impl Entry {
         self.0 & 1 == 1
     }
 
-    /// Number of points in the list.
+    /// Number of points in the list; 0 for codes that no encoder forms.
     #[inline]
-    pub fn len(self) -> usize {
+    pub fn count(self) -> usize {
         (self.0 >> 1 & 0x7fff) as usize
     }
 
@@ -40,7 +40,7 @@ impl Entry {
     #[inline]
     pub fn blocks(self) -> std::ops::Range<usize> {
         let first = (self.0 >> 16) as usize;
-        first..first + self.len().div_ceil(8)
+        first..first + self.count().div_ceil(8)
     }
 }
 
@@ -181,10 +181,10 @@ mod tests {
             let mut checked = 0;
             for point in (0..lattice.entries.len() as u32).step_by(7) {
                 let entry = lattice.entry(point);
-                if entry.on_grid() || entry.len() == 0 {
+                if entry.on_grid() || entry.count() == 0 {
                     continue;
                 }
-                let list: Vec<u16> = lattice.blocks(entry).iter().flatten().copied().take(entry.len()).collect();
+                let list: Vec<u16> = lattice.blocks(entry).iter().flatten().copied().take(entry.count()).collect();
                 assert_eq!(list, by_sorting(lattice.codes(), point, bits, nwant), "point {point:#x}");
                 checked += 1;
             }

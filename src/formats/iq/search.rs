@@ -40,13 +40,20 @@ impl Trials {
     }
 }
 
-/// What came of each trial: codes per group, which groups were on the grid at once, and the sums.
+/// What came of each trial: codes per group, which groups were on the grid at once, and the sums. Scratch space, kept
+/// from one sub-block to the next.
 pub struct Scan {
     pub codes: [[u32; TRIALS]; 8],
     /// Bit `k` of a trial: group `k` needed no neighbour.
     pub on_grid: [u8; TRIALS],
     pub sumqx: [f32; TRIALS],
     pub sumq2: [f32; TRIALS],
+}
+
+impl Scan {
+    /// Empty scratch space.
+    pub const NEW: Scan =
+        Scan { codes: [[0; TRIALS]; 8], on_grid: [0; TRIALS], sumqx: [0.0; TRIALS], sumq2: [0.0; TRIALS] };
 }
 
 /// Scale and codes of a sub-block.
@@ -72,7 +79,7 @@ fn round_group(bits: u32, x: &[f32], id: f32) -> u32 {
 /// least `Σ (w·diff)·diff`, `diff = scaled[digit] − x`. `None` if no sum is less than `FLT_MAX` (ggml aborts).
 pub fn nearest(bits: u32, lattice: &Lattice, entry: Entry, x: &[f32], w: &[f32], scaled: &[f32; 8]) -> Option<u32> {
     let mut best = (f32::MAX, None);
-    for &code in lattice.blocks(entry).iter().flatten().take(entry.len()) {
+    for &code in lattice.blocks(entry).iter().flatten().take(entry.count()) {
         let d2 = x.iter().zip(w).enumerate().fold(0.0, |d2, (i, (x, w))| {
             let diff = scaled[usize::from(code >> (bits * i as u32)) & ((1 << bits) - 1)] - x;
             d2 + w * diff * diff
@@ -125,19 +132,20 @@ pub fn scan<const BITS: u32, const DIM: usize, const N: usize>(
     lattice: &Lattice,
     sub: &Sub<N>,
     trials: &Trials,
-) -> Result<Scan, FormatError> {
-    let mut out = Scan { codes: [[0; TRIALS]; 8], on_grid: [0; TRIALS], sumqx: [0.0; TRIALS], sumq2: [0.0; TRIALS] };
+    out: &mut Scan,
+) -> Result<(), FormatError> {
     for t in 0..trials.n {
         let mut codes = [0; 8];
-        for k in 0..N / DIM {
-            let (code, on_grid) = place(BITS, DIM, lattice, sub, k, (trials.ids[t], trials.scales[t]))?;
-            codes[k] = code;
-            out.codes[k][t] = code;
+        out.on_grid[t] = 0;
+        for (k, code) in codes.iter_mut().enumerate().take(N / DIM) {
+            let (found, on_grid) = place(BITS, DIM, lattice, sub, k, (trials.ids[t], trials.scales[t]))?;
+            *code = found;
+            out.codes[k][t] = found;
             out.on_grid[t] |= u8::from(on_grid) << k;
         }
         (out.sumqx[t], out.sumq2[t]) = sums(BITS, DIM, sub, &codes);
     }
-    Ok(out)
+    Ok(())
 }
 
 /// Moves the groups of `which` to their grid points at `scale`.
@@ -175,17 +183,18 @@ pub fn search<const BITS: u32, const DIM: usize, const N: usize>(
     trials: &Trials,
     first: f32,
     again: Again,
+    seen: &mut Scan,
 ) -> Result<Found, FormatError> {
     let all = ((1u32 << (N / DIM)) - 1) as u8;
     #[cfg(target_arch = "x86_64")]
     let avx2 = Avx2::get();
     #[cfg(target_arch = "x86_64")]
-    let seen = match avx2 {
-        Some(isa) => isa.scan::<BITS, DIM, N>(lattice, sub, trials),
-        None => scan::<BITS, DIM, N>(lattice, sub, trials),
+    match avx2 {
+        Some(isa) => isa.scan::<BITS, DIM, N>(lattice, sub, trials, seen),
+        None => scan::<BITS, DIM, N>(lattice, sub, trials, seen),
     }?;
     #[cfg(not(target_arch = "x86_64"))]
-    let seen = scan::<BITS, DIM, N>(lattice, sub, trials)?;
+    scan::<BITS, DIM, N>(lattice, sub, trials, seen)?;
 
     let (mut scale, mut best, mut chosen) = (first, 0.0, None);
     for t in 0..trials.n {

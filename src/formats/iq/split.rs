@@ -21,15 +21,17 @@ pub struct Split {
     pub scale: f32,
 }
 
-/// Best split so far.
+/// Best split so far, and the score of the first one taken.
 pub struct Best {
     pub score: f32,
+    pub first: f32,
     pub split: Option<Split>,
 }
 
 impl Best {
-    pub fn new() -> Best {
-        Best { score: -f32::MAX, split: None }
+    /// Nothing taken yet; `score` is to be exceeded (`-f32::MAX`: anything will do).
+    pub fn from_score(score: f32) -> Best {
+        Best { score, first: f32::NEG_INFINITY, split: None }
     }
 
     /// Takes a split if it is better.
@@ -38,6 +40,9 @@ impl Best {
         if sumq2 > 0.0 && sumqx * sumqx > self.score * sumq2 {
             let scale = sumqx / sumq2;
             self.score = scale * sumqx;
+            if self.split.is_none() {
+                self.first = self.score;
+            }
             self.split = Some(Split { i1, i2, combo, scale });
         }
     }
@@ -88,7 +93,7 @@ pub fn best_split_32(s: &Sums32) -> Option<Split> {
 }
 
 pub fn best_split_32_scalar(s: &Sums32) -> Option<Split> {
-    let mut best = Best::new();
+    let mut best = Best::from_score(-f32::MAX);
     for i1 in 0..=32 {
         for i2 in i1..=32 {
             for (combo, v) in SHIFTED.iter().enumerate() {
@@ -141,7 +146,7 @@ pub fn best_split_16(s: &Sums16) -> Option<Split> {
 }
 
 pub fn best_split_16_scalar(s: &Sums16) -> Option<Split> {
-    let mut best = Best::new();
+    let mut best = Best::from_score(-f32::MAX);
     for i1 in 0..=16 {
         for i2 in i1..=16 {
             // [half][shift]

@@ -67,7 +67,7 @@ impl BlockFormat for Tq1_0 {
                     let digits = (0..trits).map(|n| trit(x[first + n * bytes + m] * id));
                     // A byte of four trits has 0 for its last digit.
                     let q = digits.chain(std::iter::repeat_n(0, 5 - trits)).fold(0u16, |q, t| q * 3 + u16::from(t));
-                    b[at + m] = ((q * 256 + 242) / 243) as u8;
+                    b[at + m] = (q * 256).div_ceil(243) as u8;
                 }
             }
             b[52..].copy_from_slice(&f16_bytes(d));

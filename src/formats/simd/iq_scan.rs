@@ -30,9 +30,10 @@ impl Avx2 {
         lattice: &Lattice,
         sub: &Sub<N>,
         trials: &Trials,
-    ) -> Result<Scan, FormatError> {
+        out: &mut Scan,
+    ) -> Result<(), FormatError> {
         // SAFETY: `self` proves that the processor has AVX2.
-        unsafe { scan::<BITS, DIM, N>(lattice, sub, trials) }
+        unsafe { scan::<BITS, DIM, N>(lattice, sub, trials, out) }
     }
 
     /// `search::settle`.
@@ -65,7 +66,7 @@ impl Avx2 {
 /// Eight f32 as a vector.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub fn load(a: &[f32; 8]) -> __m256 {
+pub(super) fn load(a: &[f32; 8]) -> __m256 {
     // SAFETY: `a` is 32 readable bytes; the load needs no alignment.
     unsafe { _mm256_loadu_ps(a.as_ptr()) }
 }
@@ -73,7 +74,7 @@ pub fn load(a: &[f32; 8]) -> __m256 {
 /// A vector as eight f32.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub fn store(v: __m256) -> [f32; 8] {
+pub(super) fn store(v: __m256) -> [f32; 8] {
     let mut a = [0.0; 8];
     // SAFETY: `a` is 32 writable bytes; the store needs no alignment.
     unsafe { _mm256_storeu_ps(a.as_mut_ptr(), v) };
@@ -214,8 +215,9 @@ fn scan<const BITS: u32, const DIM: usize, const N: usize>(
     lattice: &Lattice,
     sub: &Sub<N>,
     trials: &Trials,
-) -> Result<Scan, FormatError> {
-    let mut out = Scan { codes: [[0; TRIALS]; 8], on_grid: [0; TRIALS], sumqx: [0.0; TRIALS], sumq2: [0.0; TRIALS] };
+    out: &mut Scan,
+) -> Result<(), FormatError> {
+    out.on_grid = [0; TRIALS];
     let vectors = trials.n.div_ceil(8);
     let table = scaled_table::<BITS>();
     for k in 0..N / DIM {
@@ -231,13 +233,13 @@ fn scan<const BITS: u32, const DIM: usize, const N: usize>(
             }
             *codes = store_u32(code);
         }
-        for t in 0..trials.n {
-            let entry = lattice.entry(codes[t]);
+        for (t, code) in codes.iter_mut().enumerate().take(trials.n) {
+            let entry = lattice.entry(*code);
             if entry.on_grid() {
                 out.on_grid[t] |= 1 << k;
             } else {
                 let scaled = _mm256_mul_ps(_mm256_set1_ps(trials.scales[t]), table);
-                codes[t] = nearest::<BITS, DIM>(lattice, entry, &x, &w, scaled).ok_or(FormatError::Overflow)?;
+                *code = nearest::<BITS, DIM>(lattice, entry, &x, &w, scaled).ok_or(FormatError::Overflow)?;
             }
         }
     }
@@ -259,7 +261,7 @@ fn scan<const BITS: u32, const DIM: usize, const N: usize>(
         out.sumqx.as_chunks_mut::<8>().0[v] = store(sumqx[v]);
         out.sumq2.as_chunks_mut::<8>().0[v] = store(sumq2[v]);
     }
-    Ok(out)
+    Ok(())
 }
 
 #[target_feature(enable = "avx2")]
@@ -288,4 +290,88 @@ fn settle<const BITS: u32, const DIM: usize, const N: usize>(
         };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::iq::neighbours;
+    use crate::formats::iq::search::{self, Trials};
+
+    struct Lcg(u32);
+
+    impl Lcg {
+        fn next(&mut self) -> f32 {
+            self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (self.0 >> 8) as f32 / 16_777_216.0
+        }
+
+        /// Values on a grid now and then (ties), a few negative; weights with holes; magnitudes up to overflow.
+        fn sub<const N: usize>(&mut self, case: usize) -> Sub<N> {
+            let steps = [4.0f32, 1e6][case % 2];
+            let size = [1.0, 1e-6, 1e9, 1e-42, 3e19][case / 2 % 5];
+            let x = std::array::from_fn(|_| ((self.next() * self.next() - 0.03) * steps).round() / steps * size);
+            let w: [f32; N] = std::array::from_fn(|_| (self.next() - 0.2).max(0.0) * size * size);
+            Sub { x, w, w_root: w.map(f32::sqrt) }
+        }
+    }
+
+    fn compare<const BITS: u32, const DIM: usize, const N: usize>(lattice: &Lattice, base: f32, reach: i32, step: f32) {
+        let Some(isa) = Avx2::get() else { return };
+        let (mut lcg, mut overflows) = (Lcg(3), 0);
+        for case in 0..600 {
+            let sub: Sub<N> = lcg.sub(case);
+            let max = sub.x.iter().fold(0.0f32, |m, &x| m.max(x));
+            let trials = Trials::new(base, reach, step, max);
+            let (mut a, mut b) = (Scan::NEW, Scan::NEW);
+            let want = search::scan::<BITS, DIM, N>(lattice, &sub, &trials, &mut a);
+            assert_eq!(isa.scan::<BITS, DIM, N>(lattice, &sub, &trials, &mut b), want, "case {case}");
+            if want.is_err() {
+                overflows += 1;
+                continue;
+            }
+            for t in 0..trials.n {
+                let bits = |s: &Scan| (s.sumqx[t].to_bits(), s.sumq2[t].to_bits(), s.on_grid[t]);
+                // A NaN may differ in its sign.
+                if !a.sumqx[t].is_nan() && !a.sumq2[t].is_nan() {
+                    assert_eq!(bits(&a), bits(&b), "case {case} trial {t}");
+                }
+                assert!((0..N / DIM).all(|k| a.codes[k][t] == b.codes[k][t]), "case {case} trial {t}");
+            }
+            let scale = max / 4.0;
+            let which = (case % 255) as u8;
+            let (mut a, mut b) = ([0; 8], [0; 8]);
+            let want = search::settle::<BITS, DIM, N>(lattice, &sub, scale, which, &mut a);
+            assert_eq!(isa.settle::<BITS, DIM, N>(lattice, &sub, scale, which, &mut b), want);
+            assert_eq!(a, b, "case {case}");
+        }
+        assert!((1..400).contains(&overflows), "{overflows}");
+    }
+
+    #[test]
+    fn scans_are_those_of_the_scalar_search() {
+        compare::<2, 8, 32>(neighbours::iq2_xxs(), 5.0, 6, 0.1);
+        compare::<2, 8, 16>(neighbours::iq2_xs(), 5.0, 9, 0.1);
+        compare::<2, 8, 16>(neighbours::iq2_s(), 5.0, 9, 0.1);
+        compare::<3, 4, 32>(neighbours::iq3_xxs(), 15.0, 15, 0.2);
+        compare::<3, 4, 32>(neighbours::iq3_s(), 15.0, 9, 0.2);
+    }
+
+    #[test]
+    fn neighbours_are_those_of_the_scalar_search() {
+        let Some(isa) = Avx2::get() else { return };
+        let (lattice, mut lcg, mut searches) = (neighbours::iq1(), Lcg(5), 0);
+        for case in 0..5000 {
+            let code = (0..8).fold(0, |code, i| code | ((lcg.next() * 3.0) as u32) << (2 * i));
+            let entry = lattice.entry(code);
+            let sub: Sub<8> = lcg.sub(case);
+            let s = lcg.next();
+            let v = [-0.875, 0.125, 1.125].map(|v| s * v);
+            let scaled = [v[0], v[1], v[2], f32::NAN, v[0], v[1], v[2], f32::NAN];
+            let want = search::nearest(2, lattice, entry, &sub.x, &sub.w, &scaled);
+            assert_eq!(isa.nearest_of_eight(lattice, entry, &sub.x, &sub.w, &scaled), want, "case {case}");
+            searches += usize::from(!entry.on_grid());
+        }
+        assert!(searches > 1000);
+    }
 }

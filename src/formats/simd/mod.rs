@@ -29,6 +29,8 @@ mod q6;
 mod symmetric;
 mod vector;
 #[cfg(target_arch = "x86_64")]
+pub mod iq_qp;
+#[cfg(target_arch = "x86_64")]
 pub mod iq_scan;
 #[cfg(target_arch = "x86_64")]
 pub mod iq_split;
