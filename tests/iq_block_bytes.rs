@@ -103,7 +103,7 @@ fn weights(way: &str) -> Option<Vec<f32>> {
     }
     let weight = |i| {
         let w = ((r.next() >> 48) + 1) as f32 * pow2(-14);
-        let hole = way == "zero" || way == "holes" && (i / 8 % 5 == 0 || r.next() % 3 == 0);
+        let hole = way == "zero" || way == "holes" && (i / 8 % 5 == 0 || r.next().is_multiple_of(3));
         if hole { 0.0 } else { w }
     };
     Some((0..COLS).map(weight).collect())

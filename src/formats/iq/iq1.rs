@@ -57,8 +57,8 @@ struct Placed {
     codes: [u32; 4],
 }
 
-/// Turns a split into grid points and fits the scale again if a point had to move. `mirror` gives the combination of
-/// opposite shifts, `shift` that of a group.
+/// Turns a split into grid points and fits the scale again if a point had to move. A negative scale mirrors codes and
+/// shifts: of `combos` combinations of shifts, the opposite of `c` is `combos − 1 − c`. `shift(c, k)` is that of group `k`.
 fn place<const N: usize>(
     lattice: &Lattice,
     x: &[f32; N],

@@ -63,7 +63,8 @@ fn offer<const C: usize>(best: &mut Best, i1: usize, i2: usize, qx: [__m256; C],
 }
 
 /// A bar for the scores: a little lower than the best of the rows given, if all that is compared is far from the ends
-/// of the range of f32. `total` is the sum of the weights, of which every sum of squares is between 1/65 and 1.3 times.
+/// of the range of f32. `total` is the sum of the weights (not negative, as imatrix values are);
+/// every sum of squares is between 1/65 and 1.3 times that.
 fn bar(scores: [f32; 8], total: f32) -> Option<f32> {
     let bar = scores.into_iter().fold(0.0, f32::max) * 0.9999;
     let usable = |v: f32| v > 1e-28 && v < 1e28;
