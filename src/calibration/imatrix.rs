@@ -88,14 +88,16 @@ fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
     };
     for t in &header.tensors {
         let Some(name) = t.name.strip_suffix(".in_sum2") else {
-            if let Some(name) = t.name.strip_suffix(".counts").filter(|n| header.tensor(&format!("{n}.in_sum2")).is_none())
+            if let Some(name) =
+                t.name.strip_suffix(".counts").filter(|n| header.tensor(&format!("{n}.in_sum2")).is_none())
             {
                 return Err(format!("`{name}` has counts but no in_sum2"));
             }
             continue;
         };
         let (sums, _) = floats(&t.name)?.ok_or("in_sum2 vanished")?;
-        let (counts, _) = floats(&format!("{name}.counts"))?.ok_or_else(|| format!("`{name}` has in_sum2 but no counts"))?;
+        let (counts, _) =
+            floats(&format!("{name}.counts"))?.ok_or_else(|| format!("`{name}` has in_sum2 but no counts"))?;
         if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) {
             return Err(format!("`{name}`: {} sums for {} counts", sums.len(), counts.len()));
         }

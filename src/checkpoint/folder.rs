@@ -49,11 +49,7 @@ impl Weights {
             let file = MappedFile::open(&path).map_err(|e| open_error(&path, e, index.is_some()))?;
             for entry in safetensors::read(&file)? {
                 if let Some(&other) = seen.get(&entry.name) {
-                    return Err(CheckpointError::tensor(
-                        &path,
-                        &entry.name,
-                        format!("is also in {}", names[other]),
-                    ));
+                    return Err(CheckpointError::tensor(&path, &entry.name, format!("is also in {}", names[other])));
                 }
                 seen.insert(entry.name.clone(), i);
                 w.tensors.push((i, entry));

@@ -138,7 +138,9 @@ pub fn read(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
 fn guess_kind(bytes: &[u8]) -> &'static str {
     match bytes {
         b if b.is_empty() => ": the file is empty",
-        b if b.starts_with(b"version https://git-lfs") => ": a Git LFS pointer; fetch the real file with `git lfs pull`",
+        b if b.starts_with(b"version https://git-lfs") => {
+            ": a Git LFS pointer; fetch the real file with `git lfs pull`"
+        }
         b if b.starts_with(b"PK") || b.first() == Some(&0x80) => {
             ": a PyTorch pickle; save the model with safe_serialization=True"
         }
@@ -195,7 +197,9 @@ fn entry(name: &str, json: &Json, start: usize, len: usize) -> Result<Entry, Str
     }
     let room = (len - start) as u64;
     if end > room {
-        return Err(format!("its data ends at byte {end} of the buffer, the file has only {room}: truncated download?"));
+        return Err(format!(
+            "its data ends at byte {end} of the buffer, the file has only {room}: truncated download?"
+        ));
     }
     let overflow = || format!("the size of shape {shape:?} overflows");
     let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).ok_or_else(overflow)?;

@@ -35,8 +35,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     for (what, value) in &prepared.input.summary {
         say(format!("{what}: {value}"));
     }
-    let total: u64 =
-        prepared.plan.tensors.iter().map(|t| prepared.input.source.tensors()[t.source].stored_bytes).sum();
+    let total: u64 = prepared.plan.tensors.iter().map(|t| prepared.input.source.tensors()[t.source].stored_bytes).sum();
     say(format!(
         "{}: {} tensors, {} -> {} ({:.2} bits per weight); at most {} of memory, {} threads, {}",
         prepared.plan.type_name,
@@ -120,7 +119,10 @@ fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(
     if let Some(m) = own {
         use std::os::unix::fs::MetadataExt;
         let used = prepared.input.source.files().iter().any(|f| f.identity() == (m.dev(), m.ino()))
-            || r.imatrix.as_deref().and_then(|p| std::fs::metadata(p).ok()).is_some_and(|i| (i.dev(), i.ino()) == (m.dev(), m.ino()));
+            || r.imatrix
+                .as_deref()
+                .and_then(|p| std::fs::metadata(p).ok())
+                .is_some_and(|i| (i.dev(), i.ino()) == (m.dev(), m.ino()));
         if !used {
             inputs.retain(|&id| id != (m.dev(), m.ino()));
         }

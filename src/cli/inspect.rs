@@ -53,8 +53,7 @@ impl Manifest {
 
     /// As JSON.
     pub fn to_json(&self) -> Json {
-        let tensors: Map<String, Json> =
-            self.rows.iter().map(|r| (r.name.clone(), json!(r.sha256))).collect();
+        let tensors: Map<String, Json> = self.rows.iter().map(|r| (r.name.clone(), json!(r.sha256))).collect();
         json!({ "sha256": self.sha256, "tensors": tensors })
     }
 }
@@ -90,11 +89,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     if path.extension().is_some_and(|e| e == "safetensors") {
         let rows: Vec<Row> = safetensors::read(&file)?.iter().map(|e| entry(e, &file, args.sha256)).collect();
         let sum = args.sha256.then(|| digest(&file));
-        return output(
-            &args,
-            &show(&name, None, &rows, sum.as_deref()),
-            to_json(&name, None, &rows, sum.as_deref()),
-        );
+        return output(&args, &show(&name, None, &rows, sum.as_deref()), to_json(&name, None, &rows, sum.as_deref()));
     }
     let (header, rows, sum) = gguf_file(path, args.sha256)?;
     let text = show(&name, Some(&header), &rows, sum.as_deref());
@@ -167,8 +162,7 @@ fn show(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<&st
             h.tensors.len(),
             h.data_offset
         );
-        let keys: Vec<Vec<String>> =
-            h.metadata.iter().map(|(k, v)| vec![k.clone(), type_name(v), short(v)]).collect();
+        let keys: Vec<Vec<String>> = h.metadata.iter().map(|(k, v)| vec![k.clone(), type_name(v), short(v)]).collect();
         text += &print::table(&keys, &[]);
         text.push('\n');
     }
@@ -189,11 +183,8 @@ fn to_json(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<
         .collect();
     let mut out = json!({ "file": name, "sha256": sum, "tensors": tensors });
     if let Some(h) = header {
-        let keys: Vec<Json> = h
-            .metadata
-            .iter()
-            .map(|(k, v)| json!({ "key": k, "type": type_name(v), "value": value_json(v) }))
-            .collect();
+        let keys: Vec<Json> =
+            h.metadata.iter().map(|(k, v)| json!({ "key": k, "type": type_name(v), "value": value_json(v) })).collect();
         out["version"] = json!(h.version);
         out["alignment"] = json!(h.alignment);
         out["metadata"] = Json::Array(keys);

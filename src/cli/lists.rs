@@ -25,7 +25,13 @@ pub fn types() -> Result<(), Failure> {
         .map(|t| {
             let bits = t.block_bytes() as f64 * 8.0 / t.block_len() as f64;
             let note = if *t == GgmlType::NVFP4 { "read and copied only" } else { "" };
-            vec!["".into(), t.name().into(), format!("{bits:.4} bpw"), format!("blocks of {}", t.block_len()), note.into()]
+            vec![
+                "".into(),
+                t.name().into(),
+                format!("{bits:.4} bpw"),
+                format!("blocks of {}", t.block_len()),
+                note.into(),
+            ]
         })
         .collect();
     text += &print::table(&rows, &[false, false, true, false, false]);

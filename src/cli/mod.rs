@@ -58,9 +58,7 @@ enum Command {
     /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
     Inspect(inspect::InspectArgs),
     /// Print a completion script.
-    Completions {
-        shell: clap_complete::Shell,
-    },
+    Completions { shell: clap_complete::Shell },
     /// Print the manual page.
     Man,
 }

@@ -20,7 +20,15 @@ const BUFFER: usize = 1 << 18;
 /// The thread and its limits.
 pub struct Hasher<'scope> {
     shared: std::sync::Arc<Shared>,
-    thread: ScopedJoinHandle<'scope, Result<Vec<String>, (PathBuf, io::Error)>>,
+    thread: Option<ScopedJoinHandle<'scope, Result<Vec<String>, (PathBuf, io::Error)>>>,
+}
+
+/// A hasher that is dropped (a worker failed or panicked) ends its thread: the scope waits for it.
+impl Drop for Hasher<'_> {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.moved.notify_all();
+    }
 }
 
 struct Shared {
@@ -48,7 +56,7 @@ impl<'scope> Hasher<'scope> {
                 .map(|(i, f)| digest(f, i, &theirs).map_err(|e| (f.path().to_path_buf(), e)))
                 .collect()
         });
-        Hasher { shared, thread }
+        Hasher { shared, thread: Some(thread) }
     }
 
     /// Bytes `0..end` of file `index` may be read: workers have reached them.
@@ -57,16 +65,14 @@ impl<'scope> Hasher<'scope> {
         self.shared.moved.notify_all();
     }
 
-    /// Lets the thread finish (or stop, if not `complete`); the digests in lower-case hex, in the order of the files.
-    pub fn finish(self, complete: bool) -> Result<Vec<String>, (PathBuf, io::Error)> {
+    /// Lets the thread read to the end; the digests in lower-case hex, in the order of the files.
+    pub fn finish(mut self) -> Result<Vec<String>, (PathBuf, io::Error)> {
         for l in &self.shared.limits {
             l.store(usize::MAX, Ordering::Relaxed);
         }
-        if !complete {
-            self.shared.stop.store(true, Ordering::Relaxed);
-        }
         self.shared.moved.notify_all();
-        self.thread.join().expect("the hasher does not panic")
+        let thread = self.thread.take().expect("taken once, here");
+        thread.join().expect("the hasher does not panic")
     }
 }
 

@@ -81,9 +81,8 @@ pub fn run(mut run: Run) -> Result<Done, ConvertError> {
     let files = run.input.source.files();
     let (overflows, hashes) = std::thread::scope(|scope| {
         let hasher = digests.then(|| hash::Hasher::start(scope, files));
-        let result = work::run(&run, &out, &pool, hasher.as_ref());
-        let hashes = hasher.map(|h| h.finish(result.is_ok()));
-        result.map(|n| (n, hashes))
+        let overflows = work::run(&run, &out, &pool, hasher.as_ref())?;
+        Ok::<_, ConvertError>((overflows, hasher.map(hash::Hasher::finish)))
     })?;
     stop_if_interrupted()?;
     if let Some(hashes) = hashes {

@@ -136,14 +136,7 @@ impl PartFile {
             Err(std::fs::TryLockError::WouldBlock) => return Err(OutputError::Busy(out.to_path_buf())),
             Err(std::fs::TryLockError::Error(_)) => {} // a file system without locks
         }
-        let this = PartFile {
-            file,
-            part,
-            out: out.to_path_buf(),
-            force,
-            published: false,
-            dirty: AtomicU64::new(0),
-        };
+        let this = PartFile { file, part, out: out.to_path_buf(), force, published: false, dirty: AtomicU64::new(0) };
         this.file.set_len(0).map_err(OutputError::io(&this.part))?;
         this.reserve(size)?;
         Ok(this)
@@ -223,12 +216,12 @@ impl PartFile {
 
     /// Renames without replacing a file that appeared meanwhile.
     fn rename_new(&self) -> io::Result<()> {
-        std::fs::hard_link(&self.part, &self.out)
-            .and_then(|()| std::fs::remove_file(&self.part))
-            .or_else(|e| match e.kind() {
+        std::fs::hard_link(&self.part, &self.out).and_then(|()| std::fs::remove_file(&self.part)).or_else(|e| {
+            match e.kind() {
                 io::ErrorKind::AlreadyExists => Err(e),
                 _ => std::fs::rename(&self.part, &self.out), // a file system without links
-            })
+            }
+        })
     }
 }
 

@@ -159,9 +159,7 @@ fn convert(
         }
         let weights = importance(run, t, rows.start);
         let format = format_of(t.ty);
-        format
-            .encode(&b.values, row_len, weights, &mut b.bytes)
-            .map_err(|source| fail.format(source, rows.start))?;
+        format.encode(&b.values, row_len, weights, &mut b.bytes).map_err(|source| fail.format(source, rows.start))?;
         if t.ty == GgmlType::F16 {
             overflows += fail.f16_overflows(&b.values, &b.bytes)?;
         } else {

@@ -75,8 +75,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
         (Box::new(NoWeights), auto)
     } else {
         let weights = Weights::open(path)?;
-        let computed =
-            rope::rope_freqs(&hp).filter(|_| arch.rope_freqs).map(|v| ("rope_freqs.weight".to_string(), v));
+        let computed = rope::rope_freqs(&hp).filter(|_| arch.rope_freqs).map(|v| ("rope_freqs.weight".to_string(), v));
         let map = MapOptions { fuse_qkv: r.fuse_qkv };
         let source = CheckpointSource::new(weights, arch, &hp, computed.into_iter().collect(), map)?;
         for t in source.tensors() {
@@ -92,6 +91,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
     let file_type = match options.target {
         Target::Outtype(Some(o)) => o.file_type() as u32,
         Target::Outtype(None) => auto.file_type() as u32,
+        Target::Quantize(_) | Target::Copy if r.vocab_only => auto.file_type() as u32,
         Target::Quantize(_) | Target::Copy => via_type(options.via, &*source) as u32,
     };
     let built = metadata::build(

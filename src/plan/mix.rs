@@ -89,11 +89,15 @@ pub struct Choice {
 /// A tensor for which no type is possible.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum MixError {
-    #[error("tensor `{tensor}`: its row length {ne0} is no multiple of the block of {ty}, and {ty} has no fallback type")]
+    #[error(
+        "tensor `{tensor}`: its row length {ne0} is no multiple of the block of {ty}, and {ty} has no fallback type"
+    )]
     NoFallback { tensor: String, ne0: u64, ty: GgmlType },
     #[error("tensor `{tensor}`: the type {ty} was asked for, but its row length {ne0} is no multiple of {block}")]
     ForcedShape { tensor: String, ne0: u64, ty: GgmlType, block: usize },
-    #[error("tensor `{tensor}`: its name has no layer number below {layers} (`blk.N.`), the mix of a model with experts needs it")]
+    #[error(
+        "tensor `{tensor}`: its name has no layer number below {layers} (`blk.N.`), the mix of a model with experts needs it"
+    )]
     NoLayer { tensor: String, layers: u64 },
 }
 
@@ -408,9 +412,21 @@ impl Mix<'_> {
         let (i, n, gqa4) = (self.i_wv, self.n_wv, self.gqa >= 4);
         self.i_wv += 1;
         let ty = match self.o.ftype {
-            F::Q2_K => if gqa4 { T::Q4_K } else { T::Q3_K },
+            F::Q2_K => {
+                if gqa4 {
+                    T::Q4_K
+                } else {
+                    T::Q3_K
+                }
+            }
             F::Q2_K_S if gqa4 => T::Q4_K,
-            F::Q3_K_M => if i < 2 { T::Q5_K } else { T::Q4_K },
+            F::Q3_K_M => {
+                if i < 2 {
+                    T::Q5_K
+                } else {
+                    T::Q4_K
+                }
+            }
             F::Q3_K_L => T::Q5_K,
             F::Q4_K_S if i < 4 => T::Q5_K,
             F::Q4_K_M | F::Q5_K_M if more(i, n) => T::Q6_K,
@@ -437,16 +453,34 @@ impl Mix<'_> {
             F::Q2_K_S if i < n / 8 => T::Q4_K,
             F::Q3_K_M if i < n / 16 => T::Q5_K,
             F::Q3_K_M if !falcon || more(i, n) => T::Q4_K,
-            F::Q3_K_L => if falcon { T::Q4_K } else { T::Q5_K },
+            F::Q3_K_L => {
+                if falcon {
+                    T::Q4_K
+                } else {
+                    T::Q5_K
+                }
+            }
             F::Q4_K_S if !falcon && i < n / 8 => T::Q5_K,
             F::Q4_K_M if falcon => {
-                if i < n / 16 { T::Q6_K } else if more(i, n) { T::Q5_K } else { T::Q4_K }
+                if i < n / 16 {
+                    T::Q6_K
+                } else if more(i, n) {
+                    T::Q5_K
+                } else {
+                    T::Q4_K
+                }
             }
             F::Q4_K_M | F::Q5_K_M if more(i, n) => T::Q6_K,
             F::Q4_0 if imatrix && i < n / 8 => T::Q4_1,
             F::Q5_0 if imatrix && i < n / 8 => T::Q5_1,
             F::IQ4_NL | F::IQ4_XS if i < n / 8 && !imatrix => T::Q5_K,
-            F::IQ3_XXS if !imatrix => if i < n / 8 { T::Q4_K } else { T::Q3_K },
+            F::IQ3_XXS if !imatrix => {
+                if i < n / 8 {
+                    T::Q4_K
+                } else {
+                    T::Q3_K
+                }
+            }
             F::IQ3_M if i < n / 8 || (self.facts.experts == 8 && more(i, n)) => T::Q4_K,
             _ => default,
         }
@@ -461,8 +495,17 @@ impl Mix<'_> {
         }
         if self.facts.experts == 8 {
             return match ftype {
-                F::Q2_K | F::IQ3_XS | F::IQ3_XXS | F::Q3_K_S | F::Q3_K_M | F::IQ4_NL | F::Q4_K_S | F::Q4_K_M
-                | F::IQ3_S | F::IQ3_M | F::IQ4_XS => T::Q5_K,
+                F::Q2_K
+                | F::IQ3_XS
+                | F::IQ3_XXS
+                | F::Q3_K_S
+                | F::Q3_K_M
+                | F::IQ4_NL
+                | F::Q4_K_S
+                | F::Q4_K_M
+                | F::IQ3_S
+                | F::IQ3_M
+                | F::IQ4_XS => T::Q5_K,
                 _ => default,
             };
         }

@@ -86,11 +86,17 @@ pub enum PlanError {
         "{count} tensors need an imatrix for {ty} (the first is `{first}`): give one with --imatrix, or take another type"
     )]
     NeedsImatrix { count: usize, first: String, ty: String },
-    #[error("imatrix: no entry for {count} tensors whose type needs one (the first is `{first}`); was it made from this model?")]
+    #[error(
+        "imatrix: no entry for {count} tensors whose type needs one (the first is `{first}`); was it made from this model?"
+    )]
     MissingEntries { count: usize, first: String },
-    #[error("imatrix: entry `{tensor}` has {found} values, the tensor has {expected} columns: it belongs to another model")]
+    #[error(
+        "imatrix: entry `{tensor}` has {found} values, the tensor has {expected} columns: it belongs to another model"
+    )]
     EntryLength { tensor: String, found: usize, expected: u64 },
-    #[error("tensor `{tensor}` is already quantized ({from}); converting it to {to} loses twice: --allow-requantize does it all the same")]
+    #[error(
+        "tensor `{tensor}` is already quantized ({from}); converting it to {to} loses twice: --allow-requantize does it all the same"
+    )]
     Requantize { tensor: String, from: GgmlType, to: GgmlType },
     #[error("--tensor-type: no tensor matches `{0}`")]
     UnusedPattern(String),
@@ -152,7 +158,14 @@ impl Plan {
         for (t, (offset, bytes)) in tensors.iter_mut().zip(&layout.tensors) {
             (t.offset, t.bytes) = (*offset, *bytes);
         }
-        Ok(Plan { tensors, metadata, layout, warnings, type_name: type_name(input, options), big_endian: options.recipe.bigendian })
+        Ok(Plan {
+            tensors,
+            metadata,
+            layout,
+            warnings,
+            type_name: type_name(input, options),
+            big_endian: options.recipe.bigendian,
+        })
     }
 
     /// Weights of the model.
@@ -300,11 +313,8 @@ fn choose(
         tensor_types: options.tensor_types.clone(),
         has_imatrix: imatrix.is_some_and(|i| !i.entries.is_empty()),
     };
-    let tensors: Vec<MixTensor> = sources
-        .iter()
-        .zip(vias)
-        .map(|((_, t, name), via)| MixTensor { name, dims: &t.dims, source: *via })
-        .collect();
+    let tensors: Vec<MixTensor> =
+        sources.iter().zip(vias).map(|((_, t, name), via)| MixTensor { name, dims: &t.dims, source: *via }).collect();
     Ok(mix::choose(facts, &mix_options, &tensors)?)
 }
 

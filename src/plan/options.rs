@@ -121,7 +121,9 @@ impl Options {
             .collect::<Result<Vec<_>, _>>()?;
         let override_kv = r.override_kv.iter().map(|t| parse_override(t)).collect::<Result<Vec<_>, _>>()?;
         if r.bigendian && !matches!(target, Target::Outtype(Some(OutType::F32 | OutType::F16 | OutType::BF16))) {
-            return Err("--bigendian goes with --outtype f32, f16 or bf16: block formats have no big-endian form".into());
+            return Err(
+                "--bigendian goes with --outtype f32, f16 or bf16: block formats have no big-endian form".into()
+            );
         }
         Ok(Options {
             target,
@@ -202,6 +204,8 @@ mod tests {
     fn overrides() {
         assert_eq!(parse_override("a.b=int:-5").unwrap().value, Value::U32(5));
         assert_eq!(parse_override("a=bool:true").unwrap().value, Value::Bool(true));
-        assert!(parse_override("a=int:x").is_err() && parse_override("a").is_err() && parse_override("=int:1").is_err());
+        assert!(
+            parse_override("a=int:x").is_err() && parse_override("a").is_err() && parse_override("=int:1").is_err()
+        );
     }
 }

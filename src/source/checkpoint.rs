@@ -62,7 +62,9 @@ struct Scale {
 enum RowOrder {
     Same,
     /// `LlamaModel.permute`: out[h*d + 2j + p] = in[h*d + p*(d/2) + j].
-    Rotary { head: u64 },
+    Rotary {
+        head: u64,
+    },
 }
 
 impl RowOrder {
@@ -105,7 +107,8 @@ impl CheckpointSource {
         }
         let mut source = CheckpointSource { weights, tensors: Vec::new(), parts: Vec::new() };
         for (name, values) in computed {
-            let part = Part { row_len: values.len() as u64, rows: 1, order: RowOrder::Same, data: Data::Computed(values) };
+            let part =
+                Part { row_len: values.len() as u64, rows: 1, order: RowOrder::Same, data: Data::Computed(values) };
             let origin = "computed from config.json".to_string();
             source.push(Named { name, dims: vec![part.row_len], origin, parts: vec![part] });
         }
@@ -316,7 +319,8 @@ impl Mapper<'_> {
         let scale_name = format!("{name}_scale_inv");
         let (file, e) =
             self.weights.find(&scale_name).ok_or_else(|| format!("an fp8 weight without its scales `{scale_name}`"))?;
-        let dtype = e.dtype.filter(|d| d.is_float()).ok_or_else(|| format!("`{scale_name}` has type {}", e.dtype_name))?;
+        let dtype =
+            e.dtype.filter(|d| d.is_float()).ok_or_else(|| format!("`{scale_name}` has type {}", e.dtype_name))?;
         let (rows, cols) = (shape[0], shape.get(1).copied().unwrap_or(1));
         let block = q.and_then(|q| q.weight_block_size).unwrap_or((rows.max(1), cols.max(1)));
         let (sr, sc) = (rows.div_ceil(block.0), cols.div_ceil(block.1));
@@ -349,10 +353,10 @@ impl Mapper<'_> {
                 }
             }
         }
-        if !self.hp.tie_word_embeddings && !found.iter().any(|n| n.name == "output.weight") && self.problems.is_empty() {
-            self.problems.push(
-                "`lm_head.weight` is missing and config.json does not say tie_word_embeddings".to_string(),
-            );
+        if !self.hp.tie_word_embeddings && !found.iter().any(|n| n.name == "output.weight") && self.problems.is_empty()
+        {
+            self.problems
+                .push("`lm_head.weight` is missing and config.json does not say tie_word_embeddings".to_string());
         }
     }
 }

@@ -18,6 +18,12 @@ mod avx512;
 mod chunk;
 pub mod convert;
 mod iq4;
+#[cfg(target_arch = "x86_64")]
+pub mod iq_qp;
+#[cfg(target_arch = "x86_64")]
+pub mod iq_scan;
+#[cfg(target_arch = "x86_64")]
+pub mod iq_split;
 mod legacy;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -28,12 +34,6 @@ mod q4;
 mod q6;
 mod symmetric;
 mod vector;
-#[cfg(target_arch = "x86_64")]
-pub mod iq_qp;
-#[cfg(target_arch = "x86_64")]
-pub mod iq_scan;
-#[cfg(target_arch = "x86_64")]
-pub mod iq_split;
 
 use super::FormatError;
 use crate::gguf::GgmlType;
