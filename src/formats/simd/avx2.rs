@@ -104,6 +104,16 @@ impl Vector for Avx2 {
         }
     }
 
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        // SAFETY: AVX2 as in `avx2!`; the array holds 32 bytes.
+        unsafe {
+            let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+            // Bit 4 becomes the sign of each byte.
+            _mm256_movemask_epi8(_mm256_slli_epi16::<3>(levels)) as u32
+        }
+    }
+
     /// A transposition of 8 × 8 values: pairs, fours, halves.
     #[inline(always)]
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8] {

@@ -94,6 +94,11 @@ impl Vector for Avx512 {
         }
     }
 
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        super::avx2::Avx2::fifth_bits(levels)
+    }
+
     /// Two transpositions of 8 × 8 values, of the first and of the last eight rows.
     #[inline(always)]
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8] {

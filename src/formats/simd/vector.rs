@@ -53,6 +53,13 @@ pub(super) trait Vector:
     /// `set` where the mask is, `self` elsewhere.
     fn replace(self, mask: Self::Mask, set: Self) -> Self;
 
+    /// Bit 4 of 32 levels.
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        super::super::legacy::fifth_bits(levels)
+    }
+
+    #[inline(always)]
     fn zero() -> Self {
         Self::splat(0.0)
     }
@@ -170,6 +177,11 @@ impl<V: Vector, const N: usize> Vector for Wide<V, N> {
             self.0[k].store(&mut dst[k * V::LANES..]);
             k += 1;
         }
+    }
+
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        V::fifth_bits(levels)
     }
 
     #[inline(always)]
