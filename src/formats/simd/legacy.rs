@@ -9,7 +9,7 @@ use super::super::legacy::{QK, Small, q8_0_block};
 use super::super::search::signed_max;
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, sums_of_squares};
 use super::vector::{Mask, Vector};
-use super::{affine, symmetric};
+use super::{affine, rounding, symmetric};
 use crate::gguf::GgmlType;
 use std::marker::PhantomData;
 
@@ -261,9 +261,9 @@ impl<V: Vector> Kernel for Weighted<V> {
         for (b, (x, out)) in blocks.enumerate() {
             let mut levels = [0u8; QK];
             if self.format.min {
-                super::super::kquant::affine_levels(&self.format.affine(), x, iscale[b], origin[b], &mut levels);
+                rounding::affine_levels::<V>(self.format.affine().nmax, x, iscale[b], origin[b], &mut levels);
             } else {
-                super::super::kquant::symmetric_levels(self.format.half(), x, iscale[b], &mut levels);
+                rounding::symmetric_levels::<V>(self.format.half(), x, iscale[b], &mut levels);
             }
             self.format.write_bits(d_bits[b], m_bits[b], &levels, V::fifth_bits(&levels), out);
         }

@@ -26,6 +26,7 @@ mod q2;
 mod q3;
 mod q4;
 mod q6;
+mod rounding;
 mod symmetric;
 mod vector;
 
