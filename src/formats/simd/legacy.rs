@@ -195,7 +195,8 @@ impl<V: Vector> Kernel for PlainMin<V> {
         }
         let top = 2 * self.0.half() - 1;
         let min = V::load(&mins);
-        let scales = (max - min) / V::splat(top as f32);
+        // A maximum of −0 becomes +0, so that a block of zeros has the scale +0.
+        let scales = (max + V::zero() - min) / V::splat(top as f32);
         let (mut d_bits, mut m_bits) = ([0u16; LANES], [0u16; LANES]);
         let (mut ds, mut ids) = ([0.0f32; LANES], [0.0f32; LANES]);
         scales.store_f16(&mut d_bits);
