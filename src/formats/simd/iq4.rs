@@ -105,14 +105,14 @@ impl<V: Vector> Kernel for Xs<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { x, qw, out, .. }: Chunk<'_>) {
+    fn encode(&self, Chunk { blocks, x, qw, out, .. }: Chunk<'_>) {
         let mut sigma2 = [0.0f32; LANES];
         if !qw.is_empty() {
             (sums_of_squares::<V>(x, QK_K, QK_K) * V::splat(2.0 / QK_K as f32)).store(&mut sigma2);
         }
         let mut scales = [0.0f32; LANES * SUBS];
         let mut first = 0;
-        while first < LANES * SUBS {
+        while first < blocks * SUBS {
             let values = columns::<V, SUB>(&x[first * SUB..], SUB);
             let w = if qw.is_empty() {
                 squares(&values)

@@ -238,7 +238,7 @@ impl<V: Vector> Kernel for Weighted<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { first, x, qw, out }: Chunk<'_>) {
+    fn encode(&self, Chunk { first, x, qw, out, .. }: Chunk<'_>) {
         let values = columns::<V, QK>(x, QK);
         let w = importance(&values, qw, of_blocks(&self.sigma2, first, self.per_row));
         // Scale; minimum; factor and origin of the levels.

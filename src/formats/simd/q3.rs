@@ -132,14 +132,14 @@ impl<V: Vector> Kernel for Weighted<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { x, qw, out, .. }: Chunk<'_>) {
+    fn encode(&self, Chunk { blocks, x, qw, out, .. }: Chunk<'_>) {
         let mut sigma2 = [0.0f32; LANES];
         let squares = sums_of_squares::<V>(x, QK_K, QK_K);
         (V::splat(2.0) * squares / V::splat(QK_K as f32)).store(&mut sigma2);
         let (mut scales, mut iscales) = ([0.0f32; LANES * SUBS], [0.0f32; LANES * SUBS]);
         let mut sums = [0.0f32; LANES * SUBS];
         let mut first = 0;
-        while first < LANES * SUBS {
+        while first < blocks * SUBS {
             let values = columns::<V, SUB>(&x[first * SUB..], SUB);
             let w = importance(&values, &qw[first * SUB..], of_blocks(&sigma2, first, SUBS));
             sum(&w).store(&mut sums[first..]);
