@@ -80,12 +80,13 @@ impl Random {
                     self.gauss() * 1e-5
                 }
             }
+            17 => [0.0, -0.0][(self.next() % 2) as usize],
             _ => (self.next() % 3) as f32 - 1.0,
         }
     }
 }
 
-const KINDS: u64 = 18;
+const KINDS: u64 = 19;
 
 fn ggml(quantize: QuantizeChunk, ty: GgmlType, x: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) {
     let w = w.map_or(std::ptr::null(), <[f32]>::as_ptr);

@@ -4,7 +4,7 @@
 //! sub-blocks of 32 whose scales have six bits; its 136 bytes are f16 `d`, 2 bytes of high scale bits, 4 bytes of low
 //! scale bits, 128 bytes of nibbles.
 
-use super::kquant::{QK_K, importance, sum_of_squares, super_blocks};
+use super::kquant::{OneByOne, QK_K, Rounding, importance, sum_of_squares, super_blocks};
 use super::search::{MAX_EPS, from_f16_bits, nearest_int, signed_max, to_f16_bits};
 use super::{BlockFormat, FormatError, check_decode, check_encode, simd, validate_f16_fields};
 use crate::gguf::GgmlType;
@@ -83,10 +83,11 @@ fn weigh(x: &[f32], qw: Option<&[f32]>, sigma2: f32, w: &mut [f32]) {
 
 /// Levels of a sub-block at scale 1 / `id`, packed into nibbles.
 #[inline(always)]
-fn pack(x: &[f32], id: f32, qs: &mut [u8]) {
-    let (low, high) = x.split_at(SUB / 2);
-    for ((q, low), high) in qs.iter_mut().zip(low).zip(high) {
-        *q = nearest_level(id * low) | (nearest_level(id * high) << 4);
+fn pack<R: Rounding>(x: &[f32], id: f32, qs: &mut [u8]) {
+    let mut levels = [0u8; SUB];
+    R::iq4_levels(x, id, &mut levels);
+    for i in 0..SUB / 2 {
+        qs[i] = levels[i] | (levels[i + SUB / 2] << 4);
     }
 }
 
@@ -104,15 +105,15 @@ fn unpack(qs: &[u8], d: f32, y: &mut [f32]) {
 
 /// Writes an IQ4_NL block from the scale that the search found.
 #[inline(always)]
-pub(crate) fn finish_nl(x: &[f32], scale: f32, out: &mut [u8]) {
+pub(crate) fn finish_nl<R: Rounding>(x: &[f32], scale: f32, out: &mut [u8]) {
     out[..2].copy_from_slice(&to_f16_bits(scale).to_le_bytes());
-    pack(x, reciprocal(scale), &mut out[2..]);
+    pack::<R>(x, reciprocal(scale), &mut out[2..]);
 }
 
 /// Quantizes the scales of a super-block and writes it. The levels are taken with the scale before it is rounded to
 /// f16.
 #[inline(always)]
-pub(crate) fn finish_xs(x: &[f32; QK_K], scales: &[f32; 8], out: &mut [u8]) {
+pub(crate) fn finish_xs<R: Rounding>(x: &[f32; QK_K], scales: &[f32; 8], out: &mut [u8]) {
     let (max_scale, _) = signed_max(scales);
     let d = -max_scale / 32.0;
     let id = reciprocal(d);
@@ -122,7 +123,7 @@ pub(crate) fn finish_xs(x: &[f32; QK_K], scales: &[f32; 8], out: &mut [u8]) {
     let mut high = 0u16;
     for (j, ((x, qs), scale)) in x.chunks_exact(SUB).zip(qs.chunks_exact_mut(SUB / 2)).zip(scales).enumerate() {
         let l = nearest_int(id * scale).clamp(-32, 31);
-        pack(x, reciprocal(d * l as f32), qs);
+        pack::<R>(x, reciprocal(d * l as f32), qs);
         let l = (l + 32) as u8;
         head[4 + j / 2] |= (l & 0xf) << (4 * (j % 2));
         high |= ((l >> 4) as u16) << (2 * j);
@@ -153,7 +154,7 @@ impl BlockFormat for Iq4Nl {
                 let column = i % (n / SUB) * SUB;
                 let sigma2 = sum_of_squares(x) * (2.0 / SUB as f32);
                 weigh(x, qw.map(|qw| &qw[column..column + SUB]), sigma2, &mut w);
-                finish_nl(x, search(x, &w), out);
+                finish_nl::<OneByOne>(x, search(x, &w), out);
             }
         })
     }
@@ -195,7 +196,7 @@ impl BlockFormat for Iq4Xs {
                     weigh(x, qw.map(|qw| &qw[SUB * j..SUB * (j + 1)]), sigma2, &mut w);
                     *scale = search(x, &w);
                 }
-                finish_xs(x, &scales, out);
+                finish_xs::<OneByOne>(x, &scales, out);
             })
         })
     }

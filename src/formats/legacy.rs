@@ -43,12 +43,12 @@ impl Small {
     /// Writes a block: `d`, `m` (for `_1`) as f32, and levels.
     #[inline(always)]
     fn write(&self, d: f32, m: f32, levels: &[u8; QK], out: &mut [u8]) {
-        self.write_bits(to_f16_bits(d), to_f16_bits(m), levels, out);
+        self.write_bits(to_f16_bits(d), to_f16_bits(m), levels, fifth_bits(levels), out);
     }
 
-    /// Writes a block: f16 `d`, f16 `m` (for `_1`), and levels.
+    /// Writes a block: f16 `d`, f16 `m` (for `_1`), levels and their [`fifth_bits`].
     #[inline(always)]
-    pub(crate) fn write_bits(&self, d: u16, m: u16, levels: &[u8; QK], out: &mut [u8]) {
+    pub(crate) fn write_bits(&self, d: u16, m: u16, levels: &[u8; QK], high: u32, out: &mut [u8]) {
         let (head, qs) = out.split_at_mut(out.len() - QK / 2);
         head[..2].copy_from_slice(&d.to_le_bytes());
         let mut at = 2;
@@ -57,7 +57,6 @@ impl Small {
             at = 4;
         }
         if self.bits == 5 {
-            let high = levels.iter().enumerate().fold(0u32, |high, (j, l)| high | ((*l as u32 >> 4) & 1) << j);
             head[at..at + 4].copy_from_slice(&high.to_le_bytes());
         }
         for j in 0..QK / 2 {
@@ -94,6 +93,7 @@ impl Small {
     }
 
     /// `quantize_row_q4_0_ref`, `_q4_1_ref`, `_q5_0_ref`, `_q5_1_ref`, one block.
+    #[inline(never)]
     pub(crate) fn plain(&self, x: &[f32; QK], out: &mut [u8]) {
         let top = (1 << self.bits) - 1;
         let reciprocal = |d: f32| if d != 0.0 { 1.0 / d } else { 0.0 };
@@ -149,6 +149,18 @@ impl Small {
             }
         }
     }
+}
+
+/// Bit 4 of each level, the first lowest.
+#[inline(always)]
+pub(crate) fn fifth_bits(levels: &[u8; QK]) -> u32 {
+    let mut high = 0;
+    for (k, levels) in levels.as_chunks::<8>().0.iter().enumerate() {
+        // The product moves bit 0 of byte j to bit 56 + j; no two terms meet.
+        let bits = (u64::from_le_bytes(*levels) >> 4) & 0x0101_0101_0101_0101;
+        high |= ((bits.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32) << (8 * k);
+    }
+    high
 }
 
 macro_rules! small_format {
@@ -232,6 +244,7 @@ impl BlockFormat for Q8_0 {
 }
 
 /// `quantize_row_q8_0_ref`, one block.
+#[inline(never)]
 pub(crate) fn q8_0_block(x: &[f32; QK], out: &mut [u8; 34]) {
     let amax = x.iter().fold(0.0f32, |a, v| if a > v.abs() { a } else { v.abs() });
     let d = amax / 127.0;

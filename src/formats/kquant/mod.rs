@@ -61,11 +61,29 @@ pub(crate) fn super_blocks<'a>(
     }
 }
 
-/// Levels `clamp(nearest((x + offset) / d), lo, hi) − lo` of one sub-block.
-#[inline(always)]
-fn requantize(x: &[f32], offset: f32, d: f32, lo: i32, hi: i32, levels: &mut [u8]) {
-    for (l, &x) in levels.iter_mut().zip(x) {
-        *l = (nearest_int((x + offset) / d).clamp(lo, hi) - lo) as u8;
+/// How values become levels once the scales are known; nothing is summed here, so the order is free.
+pub(crate) trait Rounding {
+    /// Levels `clamp(nearest((x + offset) / d), lo, hi) − lo` of one sub-block.
+    fn requantize(x: &[f32], offset: f32, d: f32, lo: i32, hi: i32, levels: &mut [u8]);
+
+    /// IQ4 levels of `id · x`.
+    fn iq4_levels(x: &[f32], id: f32, levels: &mut [u8]);
+}
+
+/// One value after another.
+pub(crate) struct OneByOne;
+
+impl Rounding for OneByOne {
+    fn requantize(x: &[f32], offset: f32, d: f32, lo: i32, hi: i32, levels: &mut [u8]) {
+        for (l, &x) in levels.iter_mut().zip(x) {
+            *l = (nearest_int((x + offset) / d).clamp(lo, hi) - lo) as u8;
+        }
+    }
+
+    fn iq4_levels(x: &[f32], id: f32, levels: &mut [u8]) {
+        for (l, &x) in levels.iter_mut().zip(x) {
+            *l = super::iq4::nearest_level(id * x);
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 use super::super::search::{Affine, from_f16_bits, make_qkx_quants, make_qp_quants, nearest_int, to_f16_bits};
 use super::super::{BlockFormat, FormatError, check_decode, check_encode, simd, validate_f16_fields};
 use super::{
-    QK_K, importance, pack_pairs_of_bits, requantize, sum, sum_of_squares, super_blocks, unpack_pairs_of_bits,
+    OneByOne, QK_K, Rounding, importance, pack_pairs_of_bits, sum, sum_of_squares, super_blocks, unpack_pairs_of_bits,
 };
 use crate::gguf::GgmlType;
 
@@ -76,7 +76,7 @@ fn encode_scalar(rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) {
             }
             None => scales_plain(&scales, &mins),
         };
-        finish(x, quantized, |j, l| l.copy_from_slice(&levels[SUB * j..SUB * (j + 1)]), out);
+        finish::<OneByOne>(x, quantized, |j, l| l.copy_from_slice(&levels[SUB * j..SUB * (j + 1)]), out);
     });
 }
 
@@ -104,7 +104,7 @@ pub(crate) fn scales_plain(scales: &[f32; 16], mins: &[f32; 16]) -> ([u8; 16], f
 /// Rounds the values with the quantized scales and writes the block. Sub-blocks whose scale became zero keep the
 /// levels of the search, `searched(sub-block, levels)`.
 #[inline(always)]
-pub(crate) fn finish(
+pub(crate) fn finish<R: Rounding>(
     x: &[f32; QK_K],
     (scales, d, dmin): ([u8; 16], f32, f32),
     searched: impl Fn(usize, &mut [u8]),
@@ -118,7 +118,7 @@ pub(crate) fn finish(
         if dl == 0.0 {
             searched(j, l);
         } else {
-            requantize(&x[SUB * j..], dmin * (scales[j] >> 4) as f32, dl, 0, 3, l);
+            R::requantize(&x[SUB * j..], dmin * (scales[j] >> 4) as f32, dl, 0, 3, l);
         }
     }
     out[..16].copy_from_slice(&scales);

@@ -5,7 +5,7 @@
 use super::super::search::{from_f16_bits, make_q3_quants, make_qx_quants, nearest_int, to_f16_bits};
 use super::super::{BlockFormat, FormatError, check_decode, check_encode, simd, validate_f16_fields};
 use super::{
-    QK_K, importance, pack_pairs_of_bits, requantize, sum, sum_of_squares, super_blocks, unpack_pairs_of_bits,
+    OneByOne, QK_K, Rounding, importance, pack_pairs_of_bits, sum, sum_of_squares, super_blocks, unpack_pairs_of_bits,
 };
 use crate::gguf::GgmlType;
 
@@ -64,7 +64,7 @@ fn encode_scalar(rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) {
             }
             None => scales_plain(&scales),
         };
-        finish(x, quantized, |j, l| (0..SUB).for_each(|i| l[i] = levels[SUB * j + i] as u8), out);
+        finish::<OneByOne>(x, quantized, |j, l| (0..SUB).for_each(|i| l[i] = levels[SUB * j + i] as u8), out);
     });
 }
 
@@ -95,7 +95,7 @@ fn scale(bytes: &[u8], j: usize) -> i32 {
 
 /// Rounds the values with the quantized scales and writes the block; see [`super::q2k::finish`].
 #[inline(always)]
-pub(crate) fn finish(
+pub(crate) fn finish<R: Rounding>(
     x: &[f32; QK_K],
     (scales, d): ([u8; 16], f32),
     searched: impl Fn(usize, &mut [u8]),
@@ -109,7 +109,7 @@ pub(crate) fn finish(
         if dl == 0.0 {
             searched(j, l);
         } else {
-            requantize(&x[SUB * j..], 0.0, dl, -4, 3, l);
+            R::requantize(&x[SUB * j..], 0.0, dl, -4, 3, l);
         }
     }
     let (hmask, rest) = out.split_at_mut(32);

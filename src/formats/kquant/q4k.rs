@@ -5,7 +5,7 @@
 
 use super::super::search::{Affine, from_f16_bits, make_qkx_quants, make_qp_quants, nearest_int, to_f16_bits};
 use super::super::{BlockFormat, FormatError, check_decode, check_encode, simd, validate_f16_fields};
-use super::{QK_K, importance, requantize, sum, sum_of_squares, super_blocks};
+use super::{OneByOne, QK_K, Rounding, importance, sum, sum_of_squares, super_blocks};
 use crate::gguf::GgmlType;
 
 const SUB: usize = 32;
@@ -90,7 +90,7 @@ impl Nibbles {
                 }
                 None => scales_plain(&scales, &mins),
             };
-            finish(self, x, quantized, |j, l| l.copy_from_slice(&levels[SUB * j..SUB * (j + 1)]), out);
+            finish::<OneByOne>(self, x, quantized, |j, l| l.copy_from_slice(&levels[SUB * j..SUB * (j + 1)]), out);
         });
     }
 }
@@ -163,7 +163,7 @@ fn scale_min(q: &[u8], j: usize) -> (u8, u8) {
 
 /// Rounds the values with the quantized scales and writes the block; see [`super::q2k::finish`].
 #[inline(always)]
-pub(crate) fn finish(
+pub(crate) fn finish<R: Rounding>(
     format: &Nibbles,
     x: &[f32; QK_K],
     (mut ls, mut lm, d, dmin): ([u8; 8], [u8; 8], f32, f32),
@@ -192,7 +192,7 @@ pub(crate) fn finish(
         if dl == 0.0 {
             searched(j, l);
         } else {
-            requantize(&x[SUB * j..], dmin * m as f32, dl, 0, format.plain.nmax, l);
+            R::requantize(&x[SUB * j..], dmin * m as f32, dl, 0, format.plain.nmax, l);
         }
     }
     let (head, qs) = out.split_at_mut(format.nibbles_at());

@@ -4,7 +4,7 @@
 
 use super::super::search::{MAX_EPS, from_f16_bits, make_qx_quants, nearest_int, to_f16_bits};
 use super::super::{BlockFormat, FormatError, check_decode, check_encode, simd, validate_f16_fields};
-use super::{QK_K, requantize, super_blocks};
+use super::{OneByOne, QK_K, Rounding, super_blocks};
 use crate::gguf::GgmlType;
 
 const SUB: usize = 16;
@@ -59,13 +59,18 @@ fn encode_scalar(rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) {
             };
             scales[j] = make_qx_quants(32, x, weights, l);
         }
-        finish(x, &scales, |j, l| (0..SUB).for_each(|i| l[i] = levels[SUB * j + i] as u8), out);
+        finish::<OneByOne>(x, &scales, |j, l| (0..SUB).for_each(|i| l[i] = levels[SUB * j + i] as u8), out);
     });
 }
 
 /// Quantizes the scales, rounds the values and writes the block; see [`super::q2k::finish`].
 #[inline(always)]
-pub(crate) fn finish(x: &[f32; QK_K], scales: &[f32; 16], searched: impl Fn(usize, &mut [u8]), out: &mut [u8]) {
+pub(crate) fn finish<R: Rounding>(
+    x: &[f32; QK_K],
+    scales: &[f32; 16],
+    searched: impl Fn(usize, &mut [u8]),
+    out: &mut [u8],
+) {
     let (mut max_scale, mut amax) = (0.0f32, 0.0f32);
     for &s in scales {
         if s.abs() > amax {
@@ -86,7 +91,7 @@ pub(crate) fn finish(x: &[f32; QK_K], scales: &[f32; 16], searched: impl Fn(usiz
         if dl == 0.0 {
             searched(j, l);
         } else {
-            requantize(&x[SUB * j..], 0.0, dl, -32, 31, l);
+            R::requantize(&x[SUB * j..], 0.0, dl, -32, 31, l);
         }
     }
     let (ql, rest) = out.split_at_mut(128);

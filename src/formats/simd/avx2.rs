@@ -104,6 +104,27 @@ impl Vector for Avx2 {
         }
     }
 
+    #[inline(always)]
+    fn store_bytes(self, dst: &mut [u8]) {
+        let dst = &mut dst[..8];
+        // SAFETY: AVX2 as in `avx2!`; the slice holds eight bytes.
+        unsafe {
+            let wide = _mm256_cvttps_epi32(self.0);
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256::<1>(wide));
+            _mm_storel_epi64(dst.as_mut_ptr().cast(), _mm_packus_epi16(words, words));
+        }
+    }
+
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        // SAFETY: AVX2 as in `avx2!`; the array holds 32 bytes.
+        unsafe {
+            let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+            // Bit 4 becomes the sign of each byte.
+            _mm256_movemask_epi8(_mm256_slli_epi16::<3>(levels)) as u32
+        }
+    }
+
     /// A transposition of 8 × 8 values: pairs, fours, halves.
     #[inline(always)]
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8] {
@@ -178,57 +199,26 @@ impl Vector for Avx2 {
         })
     }
 
-    /// A binary search in four steps. The first two choose their border by blending; the third and fourth look it up,
-    /// as the last looks up the value.
     #[inline(always)]
     fn iq4_value(self) -> Self {
-        const fn values(odd: usize) -> [f32; 8] {
-            let mut out = [0.0; 8];
-            let mut k = 0;
-            while k < 8 {
-                out[k] = VALUES[2 * k + odd] as f32;
-                k += 1;
-            }
-            out
-        }
-        /// Borders between the two values of each pair.
-        const fn pair_borders() -> [f32; 8] {
-            let mut out = [0.0; 8];
-            let mut k = 0;
-            while k < 8 {
-                out[k] = BORDERS[2 * k];
-                k += 1;
-            }
-            out
-        }
-        const EVEN: [f32; 8] = values(0);
-        const ODD: [f32; 8] = values(1);
-        const PAIRS: [f32; 8] = pair_borders();
-        /// Borders between pairs within each four, for both halves of the vector.
-        const FOURS: [f32; 8] =
-            [BORDERS[1], BORDERS[5], BORDERS[9], BORDERS[13], BORDERS[1], BORDERS[5], BORDERS[9], BORDERS[13]];
-        /// One bit where the mask is set.
-        #[inline(always)]
-        fn bit(mask: __m256, bit: i32) -> __m256i {
-            avx2!(_mm256_and_si256(_mm256_castps_si256(mask), _mm256_set1_epi32(bit)))
-        }
-        // "Not less" is true for NaN.
-        const NLT: i32 = _CMP_NLT_UQ;
+        const EVEN: [f32; 8] = iq4_values(0);
+        const ODD: [f32; 8] = iq4_values(1);
+        let (pair, upper) = iq4_search(self.0);
         let (even, odd) = (Self::load(&EVEN), Self::load(&ODD));
-        let (pairs, fours) = (Self::load(&PAIRS), Self::load(&FOURS));
         avx2!({
-            let upper_half = _mm256_cmp_ps::<NLT>(self.0, _mm256_set1_ps(BORDERS[7]));
-            let border = _mm256_blendv_ps(_mm256_set1_ps(BORDERS[3]), _mm256_set1_ps(BORDERS[11]), upper_half);
-            let upper_four = _mm256_cmp_ps::<NLT>(self.0, border);
-            let four = _mm256_or_si256(bit(upper_half, 2), bit(upper_four, 1));
-            let border = _mm256_permutevar_ps(fours.0, four);
-            let upper_pair = _mm256_cmp_ps::<NLT>(self.0, border);
-            let pair = _mm256_or_si256(_mm256_add_epi32(four, four), bit(upper_pair, 1));
-            let border = _mm256_permutevar8x32_ps(pairs.0, pair);
-            let upper = _mm256_cmp_ps::<NLT>(self.0, border);
             let low = _mm256_permutevar8x32_ps(even.0, pair);
             let high = _mm256_permutevar8x32_ps(odd.0, pair);
             Avx2(_mm256_blendv_ps(low, high, upper))
+        })
+    }
+
+    #[inline(always)]
+    fn iq4_level(self) -> Self {
+        let (pair, upper) = iq4_search(self.0);
+        // A set mask is −1.
+        avx2!({
+            let level = _mm256_sub_epi32(_mm256_add_epi32(pair, pair), _mm256_castps_si256(upper));
+            Avx2(_mm256_cvtepi32_ps(level))
         })
     }
 
@@ -246,4 +236,56 @@ impl Vector for Avx2 {
     fn replace(self, mask: Avx2Mask, set: Self) -> Self {
         Avx2(avx2!(_mm256_blendv_ps(self.0, set.0, mask.0)))
     }
+}
+
+/// The values of the even or odd IQ4 levels.
+const fn iq4_values(odd: usize) -> [f32; 8] {
+    let mut out = [0.0; 8];
+    let mut k = 0;
+    while k < 8 {
+        out[k] = VALUES[2 * k + odd] as f32;
+        k += 1;
+    }
+    out
+}
+
+/// The borders between the two levels of each pair.
+const fn iq4_pair_borders() -> [f32; 8] {
+    let mut out = [0.0; 8];
+    let mut k = 0;
+    while k < 8 {
+        out[k] = BORDERS[2 * k];
+        k += 1;
+    }
+    out
+}
+
+/// The nearest IQ4 level as a pair of neighbours, 0..8, and whether it is the upper one.
+///
+/// A binary search in four steps. The second chooses its border by blending, the third and fourth look it up.
+#[inline(always)]
+fn iq4_search(v: __m256) -> (__m256i, __m256) {
+    const PAIRS: [f32; 8] = iq4_pair_borders();
+    /// Borders between pairs within each four, for both halves of the vector.
+    const FOURS: [f32; 8] =
+        [BORDERS[1], BORDERS[5], BORDERS[9], BORDERS[13], BORDERS[1], BORDERS[5], BORDERS[9], BORDERS[13]];
+    // "Not less" is true for NaN.
+    const NLT: i32 = _CMP_NLT_UQ;
+    /// One bit where the mask is set.
+    #[inline(always)]
+    fn bit(mask: __m256, bit: i32) -> __m256i {
+        avx2!(_mm256_and_si256(_mm256_castps_si256(mask), _mm256_set1_epi32(bit)))
+    }
+    let (pairs, fours) = (Avx2::load(&PAIRS), Avx2::load(&FOURS));
+    avx2!({
+        let upper_half = _mm256_cmp_ps::<NLT>(v, _mm256_set1_ps(BORDERS[7]));
+        let border = _mm256_blendv_ps(_mm256_set1_ps(BORDERS[3]), _mm256_set1_ps(BORDERS[11]), upper_half);
+        let upper_four = _mm256_cmp_ps::<NLT>(v, border);
+        let four = _mm256_or_si256(bit(upper_half, 2), bit(upper_four, 1));
+        let border = _mm256_permutevar_ps(fours.0, four);
+        let upper_pair = _mm256_cmp_ps::<NLT>(v, border);
+        let pair = _mm256_or_si256(_mm256_add_epi32(four, four), bit(upper_pair, 1));
+        let border = _mm256_permutevar8x32_ps(pairs.0, pair);
+        (pair, _mm256_cmp_ps::<NLT>(v, border))
+    })
 }

@@ -94,6 +94,18 @@ impl Vector for Avx512 {
         }
     }
 
+    #[inline(always)]
+    fn store_bytes(self, dst: &mut [u8]) {
+        let dst = &mut dst[..16];
+        // SAFETY: AVX-512 as in `avx512!`; the slice holds sixteen bytes.
+        unsafe { _mm_storeu_si128(dst.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(self.0))) };
+    }
+
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        super::avx2::Avx2::fifth_bits(levels)
+    }
+
     /// Two transpositions of 8 × 8 values, of the first and of the last eight rows.
     #[inline(always)]
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8] {
@@ -151,10 +163,9 @@ impl Vector for Avx512 {
         })
     }
 
-    /// A binary search in four steps that looks up each border, and at last the value, by the bits found so far.
     #[inline(always)]
     fn iq4_value(self) -> Self {
-        const fn values() -> [f32; 16] {
+        const VALUE: [f32; 16] = {
             let mut out = [0.0; 16];
             let mut k = 0;
             while k < 16 {
@@ -162,40 +173,15 @@ impl Vector for Avx512 {
                 k += 1;
             }
             out
-        }
-        /// Entry 2^s + i is the border that step s compares with after finding the bits i.
-        const fn tree() -> [f32; 16] {
-            let mut out = [0.0; 16];
-            let mut step = 0;
-            while step < 4 {
-                let mut i = 0;
-                while i < 1 << step {
-                    // Levels from (2·i + 1) · 2^(3 − step) on are above.
-                    out[(1 << step) + i] = BORDERS[((2 * i + 1) << (3 - step)) - 1];
-                    i += 1;
-                }
-                step += 1;
-            }
-            out
-        }
-        const VALUE: [f32; 16] = values();
-        const TREE: [f32; 16] = tree();
-        let (value, tree) = (Self::load(&VALUE), Self::load(&TREE));
-        avx512!({
-            // The position in the tree: a leading one and the bits found.
-            let mut at = _mm512_set1_epi32(1);
-            let mut step = 0;
-            while step < 4 {
-                let border = _mm512_permutexvar_ps(at, tree.0);
-                // "Not less" is true for NaN.
-                let upper = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, border);
-                at = _mm512_add_epi32(at, at);
-                at = _mm512_mask_add_epi32(at, upper, at, _mm512_set1_epi32(1));
-                step += 1;
-            }
-            // The lookup ignores the leading one, which is bit 4 by now.
-            Avx512(_mm512_permutexvar_ps(at, value.0))
-        })
+        };
+        let value = Self::load(&VALUE);
+        // The lookup takes the low four bits.
+        Avx512(avx512!(_mm512_permutexvar_ps(iq4_search(self.0), value.0)))
+    }
+
+    #[inline(always)]
+    fn iq4_level(self) -> Self {
+        Avx512(avx512!(_mm512_cvtepi32_ps(_mm512_sub_epi32(iq4_search(self.0), _mm512_set1_epi32(16)))))
     }
 
     #[inline(always)]
@@ -212,4 +198,41 @@ impl Vector for Avx512 {
     fn replace(self, mask: Avx512Mask, set: Self) -> Self {
         Avx512(avx512!(_mm512_mask_blend_ps(mask.0, self.0, set.0)))
     }
+}
+
+/// The nearest IQ4 level plus 16.
+///
+/// A binary search in four steps that looks up each border by the bits found so far.
+#[inline(always)]
+fn iq4_search(v: __m512) -> __m512i {
+    /// Entry 2^s + i is the border that step s compares with after finding the bits i.
+    const TREE: [f32; 16] = {
+        let mut out = [0.0; 16];
+        let mut step = 0;
+        while step < 4 {
+            let mut i = 0;
+            while i < 1 << step {
+                // Levels from (2·i + 1) · 2^(3 − step) on are above.
+                out[(1 << step) + i] = BORDERS[((2 * i + 1) << (3 - step)) - 1];
+                i += 1;
+            }
+            step += 1;
+        }
+        out
+    };
+    let tree = Avx512::load(&TREE);
+    // The position in the tree: a leading one and the bits found.
+    let mut at = avx512!(_mm512_set1_epi32(1));
+    let mut step = 0;
+    while step < 4 {
+        avx512!({
+            let border = _mm512_permutexvar_ps(at, tree.0);
+            // "Not less" is true for NaN.
+            let upper = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(v, border);
+            at = _mm512_add_epi32(at, at);
+            at = _mm512_mask_add_epi32(at, upper, at, _mm512_set1_epi32(1));
+        });
+        step += 1;
+    }
+    at
 }

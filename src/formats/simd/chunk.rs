@@ -20,6 +20,8 @@ pub(super) struct Job<'a> {
 pub(super) struct Chunk<'a> {
     /// Index of the first block.
     pub first: usize,
+    /// Blocks that count; those after them are filling.
+    pub blocks: usize,
     pub x: &'a [f32],
     /// As long as `x`; empty without weights.
     pub qw: &'a [f32],
@@ -58,7 +60,8 @@ pub(super) fn run<K: Kernel>(kernel: K, job: Job<'_>) {
             padding.0.resize(values, 0.0);
             (&padding.0[..], &mut padding.1[..])
         };
-        kernel.encode(Chunk { first: at / K::BLOCK, x, qw, out: out_here });
+        let blocks = left.min(values) / K::BLOCK;
+        kernel.encode(Chunk { first: at / K::BLOCK, blocks, x, qw, out: out_here });
         if !whole {
             let rest = out.len() - out_at;
             out[out_at..].copy_from_slice(&padding.1[..rest]);

@@ -4,6 +4,7 @@ use super::super::iq4::{TRIES, VALUES, finish_nl, finish_xs};
 use super::super::kquant::QK_K;
 use super::super::search::MAX_EPS;
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, squares, sums_of_squares};
+use super::rounding::Lanewise;
 use super::symmetric::signed_max;
 use super::vector::Vector;
 use crate::gguf::GgmlType;
@@ -87,7 +88,7 @@ impl<V: Vector> Kernel for Nl<V> {
         let mut scales = [0.0f32; LANES];
         search(&values, &w).store(&mut scales);
         for (b, out) in out.chunks_exact_mut(self.block_bytes()).enumerate() {
-            finish_nl(&x[b * SUB..][..SUB], scales[b], out);
+            finish_nl::<Lanewise<V>>(&x[b * SUB..][..SUB], scales[b], out);
         }
     }
 }
@@ -104,14 +105,14 @@ impl<V: Vector> Kernel for Xs<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { x, qw, out, .. }: Chunk<'_>) {
+    fn encode(&self, Chunk { blocks, x, qw, out, .. }: Chunk<'_>) {
         let mut sigma2 = [0.0f32; LANES];
         if !qw.is_empty() {
             (sums_of_squares::<V>(x, QK_K, QK_K) * V::splat(2.0 / QK_K as f32)).store(&mut sigma2);
         }
         let mut scales = [0.0f32; LANES * SUBS];
         let mut first = 0;
-        while first < LANES * SUBS {
+        while first < blocks * SUBS {
             let values = columns::<V, SUB>(&x[first * SUB..], SUB);
             let w = if qw.is_empty() {
                 squares(&values)
@@ -123,7 +124,7 @@ impl<V: Vector> Kernel for Xs<V> {
         }
         for (b, out) in out.chunks_exact_mut(self.block_bytes()).enumerate() {
             let x = x[b * QK_K..].first_chunk().expect("whole super-blocks");
-            finish_xs(x, scales[b * SUBS..].first_chunk().expect("eight"), out);
+            finish_xs::<Lanewise<V>>(x, scales[b * SUBS..].first_chunk().expect("eight"), out);
         }
     }
 }

@@ -6,9 +6,10 @@
 //! sixteen blocks are computed side by side.
 
 use super::super::legacy::{QK, Small, q8_0_block};
+use super::super::search::signed_max;
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, sums_of_squares};
-use super::vector::Vector;
-use super::{affine, symmetric};
+use super::vector::{Mask, Vector};
+use super::{affine, rounding, symmetric};
 use crate::gguf::GgmlType;
 use std::marker::PhantomData;
 
@@ -46,11 +47,43 @@ fn truncate(v: f32) -> i32 {
     unsafe { v.to_int_unchecked() }
 }
 
-/// The largest magnitude.
+/// Minimum and maximum of each of sixteen blocks, one block per lane. Of zeros of both signs any may be taken.
 #[inline(always)]
-fn max_magnitude(x: &[f32; QK]) -> u32 {
-    // Magnitudes of floats that are not NaN are ordered like their bits.
-    x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
+fn extremes<V: Vector>(x: &[[f32; QK]]) -> (V, V) {
+    // Each block is folded to the width of a vector, and then the vectors are transposed.
+    let (mut mins, mut maxs) = ([0.0f32; LANES * LANES], [0.0f32; LANES * LANES]);
+    let mut b = 0;
+    while b < LANES {
+        let (low, high) = (V::load(&x[b]), V::load(&x[b][LANES..]));
+        low.min(high).store(&mut mins[b * LANES..]);
+        low.max(high).store(&mut maxs[b * LANES..]);
+        b += 1;
+    }
+    let (mins, maxs) = (columns::<V, LANES>(&mins, LANES), columns::<V, LANES>(&maxs, LANES));
+    let (mut min, mut max) = (mins[0], maxs[0]);
+    let mut i = 1;
+    while i < LANES {
+        min = min.min(mins[i]);
+        max = max.max(maxs[i]);
+        i += 1;
+    }
+    (min, max)
+}
+
+/// The largest magnitude of each of sixteen blocks.
+#[inline(always)]
+fn max_magnitudes<V: Vector>(x: &[[f32; QK]]) -> V {
+    let mut maxs = [0.0f32; LANES * LANES];
+    let mut b = 0;
+    while b < LANES {
+        V::load(&x[b]).abs().max(V::load(&x[b][LANES..]).abs()).store(&mut maxs[b * LANES..]);
+        b += 1;
+    }
+    let mut max = V::zero();
+    for column in columns::<V, LANES>(&maxs, LANES) {
+        max = max.max(column);
+    }
+    max
 }
 
 struct Q8<V>(PhantomData<V>);
@@ -67,11 +100,7 @@ impl<V: Vector> Kernel for Q8<V> {
     #[inline(always)]
     fn encode(&self, Chunk { x, out, .. }: Chunk<'_>) {
         let x = x.as_chunks::<QK>().0;
-        let mut d = [0.0f32; LANES];
-        for (d, x) in d.iter_mut().zip(x) {
-            *d = f32::from_bits(max_magnitude(x));
-        }
-        let scales = V::load(&d) / V::splat(127.0);
+        let scales = max_magnitudes::<V>(x) / V::splat(127.0);
         let (mut bits, mut ids) = ([0u16; LANES], [0.0f32; LANES]);
         scales.store_f16(&mut bits);
         reciprocal(scales).store(&mut ids);
@@ -81,13 +110,15 @@ impl<V: Vector> Kernel for Q8<V> {
                 continue;
             }
             out[..2].copy_from_slice(&bits.to_le_bytes());
-            let q: &mut [u8; QK] = out.last_chunk_mut().expect("34 bytes");
+            // A local array: the compiler does not see that the output is apart from the input.
+            let mut q = [0u8; QK];
             for i in 0..QK {
                 let v = x[i] * id;
                 // roundf: the largest float below a half rounds half away from zero and nothing else up.
                 let half = f32::from_bits((v.to_bits() & 0x8000_0000) | 0x3eff_ffff);
                 q[i] = truncate(v + half) as u8;
             }
+            out[2..].copy_from_slice(&q);
         }
     }
 }
@@ -107,18 +138,19 @@ impl<V: Vector> Kernel for Plain<V> {
     #[inline(always)]
     fn encode(&self, Chunk { x, out, .. }: Chunk<'_>) {
         let x = x.as_chunks::<QK>().0;
-        let mut d = [0.0f32; LANES];
-        for (d, x) in d.iter_mut().zip(x) {
-            let amax = max_magnitude(x);
-            let mut first = QK as u32;
-            for (i, v) in x.iter().enumerate() {
-                first = first.min(if v.to_bits() & 0x7fff_ffff == amax { i as u32 } else { QK as u32 });
+        let (min, max) = extremes::<V>(x);
+        // The value of largest magnitude.
+        let mut d = max.replace(min.neg().gt(max), min);
+        // Of both signs the first counts, and zeros are +0.
+        if !min.neg().ne(max).all() {
+            let mut maxs = [0.0f32; LANES];
+            for (max, x) in maxs.iter_mut().zip(x) {
+                *max = signed_max(x).0;
             }
-            // A block of zeros has the extreme +0 whatever their signs.
-            *d = if amax == 0 { 0.0 } else { x[first as usize % QK] };
+            d = V::load(&maxs);
         }
         let half = self.0.half();
-        let scales = V::load(&d) / V::splat(-half as f32);
+        let scales = d / V::splat(-half as f32);
         let (mut bits, mut ids) = ([0u16; LANES], [0.0f32; LANES]);
         scales.store_f16(&mut bits);
         reciprocal(scales).store(&mut ids);
@@ -132,7 +164,7 @@ impl<V: Vector> Kernel for Plain<V> {
             for i in 0..QK {
                 levels[i] = truncate(x[i] * id + (half as f32 + 0.5)).min(2 * half - 1) as u8;
             }
-            self.0.write_bits(bits, 0, &levels, out);
+            self.0.write_bits(bits, 0, &levels, V::fifth_bits(&levels), out);
         }
     }
 }
@@ -152,13 +184,19 @@ impl<V: Vector> Kernel for PlainMin<V> {
     #[inline(always)]
     fn encode(&self, Chunk { x, out, .. }: Chunk<'_>) {
         let x = x.as_chunks::<QK>().0;
-        let (mut mins, mut maxs) = ([0.0f32; LANES], [0.0f32; LANES]);
-        for ((min, max), x) in mins.iter_mut().zip(&mut maxs).zip(x) {
-            (*min, *max) = extremes(x);
+        let (min, max) = extremes::<V>(x);
+        let mut mins = [0.0f32; LANES];
+        min.store(&mut mins);
+        for (min, x) in mins.iter_mut().zip(x) {
+            // Of zeros the first counts.
+            if *min == 0.0 {
+                *min = x.iter().copied().find(|v| *v == 0.0).unwrap_or(*min);
+            }
         }
         let top = 2 * self.0.half() - 1;
         let min = V::load(&mins);
-        let scales = (V::load(&maxs) - min) / V::splat(top as f32);
+        // A maximum of −0 becomes +0, so that a block of zeros has the scale +0.
+        let scales = (max + V::zero() - min) / V::splat(top as f32);
         let (mut d_bits, mut m_bits) = ([0u16; LANES], [0u16; LANES]);
         let (mut ds, mut ids) = ([0.0f32; LANES], [0.0f32; LANES]);
         scales.store_f16(&mut d_bits);
@@ -175,30 +213,9 @@ impl<V: Vector> Kernel for PlainMin<V> {
             for i in 0..QK {
                 levels[i] = truncate((x[i] - min) * id + 0.5).min(top) as u8;
             }
-            self.0.write_bits(d_bits[b], m_bits[b], &levels, out);
+            self.0.write_bits(d_bits[b], m_bits[b], &levels, V::fifth_bits(&levels), out);
         }
     }
-}
-
-/// Minimum and maximum; of equal zeros the first.
-#[inline(always)]
-fn extremes(x: &[f32; QK]) -> (f32, f32) {
-    /// Orders floats as integers, −0 below +0; its own inverse.
-    #[inline(always)]
-    fn key(bits: u32) -> u32 {
-        bits ^ ((((bits as i32) >> 31) as u32) >> 1)
-    }
-    let (mut min, mut max) = (i32::MAX, i32::MIN);
-    for v in x {
-        let key = key(v.to_bits()) as i32;
-        min = min.min(key);
-        max = max.max(key);
-    }
-    let (mut min, max) = (f32::from_bits(key(min as u32)), f32::from_bits(key(max as u32)));
-    if min == 0.0 {
-        min = x.iter().copied().find(|v| *v == 0.0).unwrap_or(min);
-    }
-    (min, max)
 }
 
 /// Formats with importance weights.
@@ -221,7 +238,7 @@ impl<V: Vector> Kernel for Weighted<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { first, x, qw, out }: Chunk<'_>) {
+    fn encode(&self, Chunk { first, x, qw, out, .. }: Chunk<'_>) {
         let values = columns::<V, QK>(x, QK);
         let w = importance(&values, qw, of_blocks(&self.sigma2, first, self.per_row));
         // Scale; minimum; factor and origin of the levels.
@@ -245,11 +262,11 @@ impl<V: Vector> Kernel for Weighted<V> {
         for (b, (x, out)) in blocks.enumerate() {
             let mut levels = [0u8; QK];
             if self.format.min {
-                super::super::kquant::affine_levels(&self.format.affine(), x, iscale[b], origin[b], &mut levels);
+                rounding::affine_levels::<V>(self.format.affine().nmax, x, iscale[b], origin[b], &mut levels);
             } else {
-                super::super::kquant::symmetric_levels(self.format.half(), x, iscale[b], &mut levels);
+                rounding::symmetric_levels::<V>(self.format.half(), x, iscale[b], &mut levels);
             }
-            self.format.write_bits(d_bits[b], m_bits[b], &levels, out);
+            self.format.write_bits(d_bits[b], m_bits[b], &levels, V::fifth_bits(&levels), out);
         }
     }
 }

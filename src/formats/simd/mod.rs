@@ -32,12 +32,14 @@ mod q2;
 mod q3;
 mod q4;
 mod q6;
+mod rounding;
 mod symmetric;
 mod vector;
 
 use super::FormatError;
 use crate::gguf::GgmlType;
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::sync::OnceLock;
 
 /// An instruction set that has kernels.
@@ -94,14 +96,18 @@ impl Isa {
     }
 }
 
-/// The value of `OSTQ_ISA`: `None` if it is not set.
+/// The instruction set that `OSTQ_ISA` asks for: `None` if it is not set.
 fn from_env() -> Result<Option<Isa>, String> {
-    let Some(value) = std::env::var_os("OSTQ_ISA") else { return Ok(None) };
+    std::env::var_os("OSTQ_ISA").map(|value| parse(&value)).transpose()
+}
+
+/// The instruction set of that name, if this machine has it.
+fn parse(value: &OsStr) -> Result<Isa, String> {
     let list = || Isa::available().map(Isa::name).collect::<Vec<_>>().join(", ");
     match Isa::ALL.into_iter().find(|isa| value.eq_ignore_ascii_case(isa.name())) {
-        None => Err(format!("OSTQ_ISA={}: unknown; this machine has {}", value.to_string_lossy(), list())),
+        None => Err(format!("OSTQ_ISA={}: unknown; this machine has {}", value.display(), list())),
         Some(isa) if !isa.is_available() => Err(format!("OSTQ_ISA={}: this machine has only {}", isa.name(), list())),
-        isa => Ok(isa),
+        Some(isa) => Ok(isa),
     }
 }
 
@@ -197,6 +203,8 @@ macro_rules! entry_points {
 pub(crate) use entry_points;
 
 /// Encodes with the kernel of a type for the instruction set in use, or with `scalar` where there is none.
+///
+/// Kernels work on up to sixteen blocks at a time and fill up the last ones, so rows are best given many at a time.
 pub(crate) fn encode(
     ty: GgmlType,
     rows: &[f32],
@@ -225,4 +233,22 @@ pub(crate) fn encode(
         scalar(job.rows, job.n_per_row, job.weights, job.out);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_choose_what_the_machine_has() {
+        for isa in Isa::available() {
+            assert_eq!(parse(isa.name().to_uppercase().as_ref()), Ok(isa));
+        }
+        for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+            assert!(parse(isa.name().as_ref()).is_err_and(|e| e.contains("only scalar")), "{}", isa.name());
+        }
+        assert!(
+            parse("sse9".as_ref()).is_err_and(|e| e.starts_with("OSTQ_ISA=sse9: unknown; this machine has scalar"))
+        );
+    }
 }

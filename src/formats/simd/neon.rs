@@ -101,6 +101,15 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
+    fn store_bytes(self, dst: &mut [u8]) {
+        let mut lanes = [0.0; 4];
+        self.store(&mut lanes);
+        for (dst, v) in dst[..4].iter_mut().zip(lanes) {
+            *dst = v as u8;
+        }
+    }
+
+    #[inline(always)]
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8] {
         let mut out = [Self::zero(); 8];
         let mut i = 0;
@@ -157,6 +166,16 @@ impl Vector for Neon {
         self.store(&mut lanes);
         for v in &mut lanes {
             *v = VALUES[nearest_level(*v) as usize] as f32;
+        }
+        Self::load(&lanes)
+    }
+
+    #[inline(always)]
+    fn iq4_level(self) -> Self {
+        let mut lanes = [0.0; 4];
+        self.store(&mut lanes);
+        for v in &mut lanes {
+            *v = nearest_level(*v) as f32;
         }
         Self::load(&lanes)
     }

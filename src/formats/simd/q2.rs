@@ -5,6 +5,7 @@ use super::super::kquant::{QK_K, affine_levels};
 use super::affine::{self, Fits};
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, sum, sums_of_squares};
 use super::positive;
+use super::rounding::Lanewise;
 use super::vector::Vector;
 use crate::gguf::GgmlType;
 use std::marker::PhantomData;
@@ -45,7 +46,7 @@ impl<V: Vector> Kernel for Plain<V> {
         let x = x.first_chunk().expect("a super-block");
         let searched =
             |j: usize, l: &mut [u8]| affine_levels(&AFFINE, &x[SUB * j..], fits.iscale[j], fits.origin[j], l);
-        finish(x, scales_plain(&fits.scale, &fits.the_min), searched, out);
+        finish::<Lanewise<V>>(x, scales_plain(&fits.scale, &fits.the_min), searched, out);
     }
 }
 
@@ -61,13 +62,13 @@ impl<V: Vector> Kernel for Weighted<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { x, qw, out, .. }: Chunk<'_>) {
+    fn encode(&self, Chunk { blocks, x, qw, out, .. }: Chunk<'_>) {
         let mut sigma2 = [0.0f32; LANES];
         (sums_of_squares::<V>(x, QK_K, QK_K) / V::splat(QK_K as f32)).store(&mut sigma2);
         let mut fits = Fits::<{ LANES * SUBS }>::new();
         let mut sums = [0.0f32; LANES * SUBS];
         let mut first = 0;
-        while first < LANES * SUBS {
+        while first < blocks * SUBS {
             let values = columns::<V, SUB>(&x[first * SUB..], SUB);
             let w = importance(&values, &qw[first * SUB..], of_blocks(&sigma2, first, SUBS));
             sum(&w).store(&mut sums[first..]);
@@ -82,7 +83,7 @@ impl<V: Vector> Kernel for Weighted<V> {
                 let at = b * SUBS + j;
                 affine_levels(&AFFINE_WEIGHTED, &x[SUB * j..], fits.iscale[at], fits.origin[at], l);
             };
-            finish(x, (std::array::from_fn(|j| ls[j] | (lm[j] << 4)), d, dmin), searched, out);
+            finish::<Lanewise<V>>(x, (std::array::from_fn(|j| ls[j] | (lm[j] << 4)), d, dmin), searched, out);
         }
     }
 }

@@ -4,6 +4,7 @@ use super::super::kquant::q3k::{finish, scales_plain};
 use super::super::kquant::{QK_K, symmetric_levels};
 use super::super::search::MAX_EPS;
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, sum, sums_of_squares};
+use super::rounding::Lanewise;
 use super::symmetric;
 use super::vector::{Mask, Vector, Wide};
 use crate::gguf::GgmlType;
@@ -56,7 +57,7 @@ impl<V: Vector> Kernel for Plain<V> {
             let searched = |j: usize, l: &mut [u8]| {
                 l.iter_mut().zip(&levels).for_each(|(l, levels)| *l = levels[b * SUBS + j] as u8);
             };
-            finish(x, scales_plain(scales), searched, out);
+            finish::<Lanewise<V>>(x, scales_plain(scales), searched, out);
         }
     }
 }
@@ -70,15 +71,16 @@ fn search<V: Vector>(x: &mut [V; SUB]) -> V {
     let (max, amax) = symmetric::signed_max(x);
     let empty = V::splat(MAX_EPS).gt(amax);
     let iscale = bottom / max.replace(empty, V::splat(1.0));
-    let mut levels = [zero; SUB];
+    let (mut levels, mut w, mut wx) = ([zero; SUB], [zero; SUB], [zero; SUB]);
     let (mut sumlx, mut suml2) = (zero, zero);
     let mut i = 0;
     while i < SUB {
         let l = (iscale * x[i]).round().max(bottom).min(top);
         levels[i] = l;
-        let w = x[i] * x[i];
-        sumlx = sumlx + w * x[i] * l;
-        suml2 = suml2 + w * l * l;
+        w[i] = x[i] * x[i];
+        wx[i] = w[i] * x[i];
+        sumlx = sumlx + wx[i] * l;
+        suml2 = suml2 + w[i] * l * l;
         i += 1;
     }
     let mut pass = 0;
@@ -86,8 +88,7 @@ fn search<V: Vector>(x: &mut [V; SUB]) -> V {
         let mut changed = false;
         let mut i = 0;
         while i < SUB {
-            let (w, old) = (x[i] * x[i], levels[i]);
-            let wx = w * x[i];
+            let (w, wx, old) = (w[i], wx[i], levels[i]);
             let slx = sumlx - wx * old;
             let sl2 = suml2 - w * old * old;
             let l = (x[i] * sl2 / slx).nearest().max(bottom).min(top);
@@ -131,14 +132,14 @@ impl<V: Vector> Kernel for Weighted<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { x, qw, out, .. }: Chunk<'_>) {
+    fn encode(&self, Chunk { blocks, x, qw, out, .. }: Chunk<'_>) {
         let mut sigma2 = [0.0f32; LANES];
         let squares = sums_of_squares::<V>(x, QK_K, QK_K);
         (V::splat(2.0) * squares / V::splat(QK_K as f32)).store(&mut sigma2);
         let (mut scales, mut iscales) = ([0.0f32; LANES * SUBS], [0.0f32; LANES * SUBS]);
         let mut sums = [0.0f32; LANES * SUBS];
         let mut first = 0;
-        while first < LANES * SUBS {
+        while first < blocks * SUBS {
             let values = columns::<V, SUB>(&x[first * SUB..], SUB);
             let w = importance(&values, &qw[first * SUB..], of_blocks(&sigma2, first, SUBS));
             sum(&w).store(&mut sums[first..]);
@@ -159,7 +160,7 @@ impl<V: Vector> Kernel for Weighted<V> {
             let searched = |j: usize, l: &mut [u8]| {
                 symmetric_levels(NMAX, &x[SUB * j..], iscales[b * SUBS + j], l);
             };
-            finish(x, (quantized, d[b]), searched, out);
+            finish::<Lanewise<V>>(x, (quantized, d[b]), searched, out);
         }
     }
 }

@@ -5,6 +5,7 @@ use super::super::kquant::{QK_K, affine_levels};
 use super::affine::{self, Fits};
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, importance, of_blocks, run, sum, sums_of_squares};
 use super::positive;
+use super::rounding::Lanewise;
 use super::vector::Vector;
 use std::marker::PhantomData;
 
@@ -54,7 +55,7 @@ impl<V: Vector> Kernel for Plain<V> {
             let searched = |j: usize, l: &mut [u8]| {
                 affine_levels(&self.0.plain, &x[SUB * j..], fits.iscale[at + j], fits.origin[at + j], l);
             };
-            finish(self.0, x, scales_plain(scales, mins), searched, out);
+            finish::<Lanewise<V>>(self.0, x, scales_plain(scales, mins), searched, out);
         }
     }
 }
@@ -71,14 +72,14 @@ impl<V: Vector> Kernel for Weighted<V> {
     }
 
     #[inline(always)]
-    fn encode(&self, Chunk { x, qw, out, .. }: Chunk<'_>) {
+    fn encode(&self, Chunk { blocks, x, qw, out, .. }: Chunk<'_>) {
         let mut sigma2 = [0.0f32; LANES];
         let squares = sums_of_squares::<V>(x, QK_K, QK_K);
         (V::splat(2.0) * squares / V::splat(QK_K as f32)).store(&mut sigma2);
         let mut fits = Fits::<{ LANES * SUBS }>::new();
         let mut sums = [0.0f32; LANES * SUBS];
         let mut first = 0;
-        while first < LANES * SUBS {
+        while first < blocks * SUBS {
             let values = columns::<V, SUB>(&x[first * SUB..], SUB);
             let w = importance(&values, &qw[first * SUB..], of_blocks(&sigma2, first, SUBS));
             sum(&w).store(&mut sums[first..]);
@@ -92,7 +93,7 @@ impl<V: Vector> Kernel for Weighted<V> {
                 let at = b * SUBS + j;
                 affine_levels(&self.0.weighted, &x[SUB * j..], fits.iscale[at], fits.origin[at], l);
             };
-            finish(self.0, x, quantized.of_block(b), searched, out);
+            finish::<Lanewise<V>>(self.0, x, quantized.of_block(b), searched, out);
         }
     }
 }

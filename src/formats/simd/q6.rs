@@ -3,6 +3,7 @@
 use super::super::kquant::q6k::finish;
 use super::super::kquant::{QK_K, symmetric_levels};
 use super::chunk::{Chunk, Job, Kernel, LANES, columns, run, squares};
+use super::rounding::Lanewise;
 use super::symmetric;
 use super::vector::Vector;
 use crate::gguf::GgmlType;
@@ -36,6 +37,6 @@ impl<V: Vector> Kernel for Q6<V> {
         scale.store(&mut scales);
         iscale.store(&mut iscales);
         let x = x.first_chunk().expect("a super-block");
-        finish(x, &scales, |j, l| symmetric_levels(32, &x[SUB * j..], iscales[j], l), out);
+        finish::<Lanewise<V>>(x, &scales, |j, l| symmetric_levels(32, &x[SUB * j..], iscales[j], l), out);
     }
 }

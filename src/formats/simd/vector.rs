@@ -30,6 +30,8 @@ pub(super) trait Vector:
     fn store(self, dst: &mut [f32]);
     /// Rounds to f16 (`GGML_FP32_TO_FP16`).
     fn store_f16(self, dst: &mut [u16]);
+    /// Integers 0..=255 as bytes.
+    fn store_bytes(self, dst: &mut [u8]);
     /// Eight columns of rows that are `stride` apart: lane k of vector i is `src[k * stride + i]`.
     fn load_columns(src: &[f32], stride: usize) -> [Self; 8];
 
@@ -46,6 +48,8 @@ pub(super) trait Vector:
     fn low_byte(self) -> Self;
     /// The value of the nearest IQ4 level (`VALUES[nearest_level(self)]`).
     fn iq4_value(self) -> Self;
+    /// The nearest IQ4 level.
+    fn iq4_level(self) -> Self;
 
     fn gt(self, other: Self) -> Self::Mask;
     /// True for NaN.
@@ -53,6 +57,13 @@ pub(super) trait Vector:
     /// `set` where the mask is, `self` elsewhere.
     fn replace(self, mask: Self::Mask, set: Self) -> Self;
 
+    /// Bit 4 of 32 levels.
+    #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        super::super::legacy::fifth_bits(levels)
+    }
+
+    #[inline(always)]
     fn zero() -> Self {
         Self::splat(0.0)
     }
@@ -173,10 +184,24 @@ impl<V: Vector, const N: usize> Vector for Wide<V, N> {
     }
 
     #[inline(always)]
+    fn fifth_bits(levels: &[u8; 32]) -> u32 {
+        V::fifth_bits(levels)
+    }
+
+    #[inline(always)]
     fn store_f16(self, dst: &mut [u16]) {
         let mut k = 0;
         while k < N {
             self.0[k].store_f16(&mut dst[k * V::LANES..]);
+            k += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, dst: &mut [u8]) {
+        let mut k = 0;
+        while k < N {
+            self.0[k].store_bytes(&mut dst[k * V::LANES..]);
             k += 1;
         }
     }
@@ -197,7 +222,7 @@ impl<V: Vector, const N: usize> Vector for Wide<V, N> {
         out
     }
 
-    wide_unary!(sqrt abs neg nearest low_byte iq4_value);
+    wide_unary!(sqrt abs neg nearest low_byte iq4_value iq4_level);
     wide_binary!(min -> Self; max -> Self; gt -> Self::Mask; ne -> Self::Mask;);
 
     #[inline(always)]
