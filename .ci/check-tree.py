@@ -44,7 +44,7 @@ def without_code(text):
 
 def problems():
     files = dict(tracked())
-    recipes = set(re.findall(r"^([a-z][\w-]*)[^\n:=]*:(?!=)", files.get("justfile", ""), re.M))
+    recipes = set(re.findall(r"^([a-z][\w-]*)(?: [^\n:]*)?:(?!=)", files.get("justfile", ""), re.M))
     for name, text in files.items():
         for number, line in enumerate(text.splitlines(), 1):
             for path in MACHINE_PATHS:
