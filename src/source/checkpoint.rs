@@ -476,7 +476,7 @@ impl TensorSource for CheckpointSource {
                 // whole heads only: rows of a head are stored in another order
                 let g = part.order.group();
                 let (from, to) = (rows.start / g * g, rows.end / g * g);
-                self.weights.files[*file].release(begin + from as usize * bytes..begin + to as usize * bytes);
+                self.weights.files[*file].release_around(begin + from as usize * bytes..begin + to as usize * bytes);
             }
         });
     }
