@@ -78,7 +78,8 @@ fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
             None => return Err(format!("key `{key}` is missing: not an imatrix")),
         }
     }
-    let floats = |name: &str| -> Result<Option<(Vec<f32>, &[u64])>, String> {
+    type Floats<'a> = Option<(Vec<f32>, &'a [u64])>;
+    let floats = |name: &str| -> Result<Floats, String> {
         let Some(t) = header.tensor(name) else { return Ok(None) };
         if t.ty != GgmlType::F32 {
             return Err(format!("tensor `{name}` is {}, not f32", t.ty));

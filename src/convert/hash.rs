@@ -19,10 +19,13 @@ const BUFFER: usize = 1 << 18;
 /// How far it may be ahead of the workers.
 const AHEAD: usize = 256 << 20;
 
+/// Digests in the order of the files, or the file that could not be read.
+type Digests = Result<Vec<String>, (PathBuf, io::Error)>;
+
 /// The thread and its limits.
 pub struct Hasher<'scope> {
     shared: std::sync::Arc<Shared>,
-    thread: Option<ScopedJoinHandle<'scope, Result<Vec<String>, (PathBuf, io::Error)>>>,
+    thread: Option<ScopedJoinHandle<'scope, Digests>>,
 }
 
 /// A hasher that is dropped (a worker failed or panicked) ends its thread: the scope waits for it.
@@ -68,7 +71,7 @@ impl<'scope> Hasher<'scope> {
     }
 
     /// Lets the thread read to the end; the digests in lower-case hex, in the order of the files.
-    pub fn finish(mut self) -> Result<Vec<String>, (PathBuf, io::Error)> {
+    pub fn finish(mut self) -> Digests {
         for l in &self.shared.limits {
             l.store(usize::MAX, Ordering::Relaxed);
         }

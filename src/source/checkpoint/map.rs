@@ -135,7 +135,7 @@ impl Mapper<'_> {
         let dims: Vec<u64> = e.shape.iter().rev().copied().collect();
         let order = match rule.transform {
             Transform::None => RowOrder::Same,
-            Transform::PermuteQuery | Transform::PermuteKey if self.hp.head_dim % 2 != 0 => {
+            Transform::PermuteQuery | Transform::PermuteKey if !self.hp.head_dim.is_multiple_of(2) => {
                 return Err(format!("head dimension {} is odd, rotary halves need an even one", self.hp.head_dim));
             }
             Transform::PermuteQuery | Transform::PermuteKey => RowOrder::Rotary { head: self.hp.head_dim },
