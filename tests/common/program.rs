@@ -213,3 +213,47 @@ pub fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
 pub fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
 }
+
+impl Checkpoint {
+    /// A model that takes a while: `hidden` columns, `layers` layers, values that repeat.
+    pub fn sized(hidden: u64, feed_forward: u64, layers: u64) -> Checkpoint {
+        let c = Checkpoint::new();
+        c.edit("config.json", |j| {
+            j.insert("hidden_size".into(), json!(hidden));
+            j.insert("intermediate_size".into(), json!(feed_forward));
+            j.insert("num_hidden_layers".into(), json!(layers));
+        });
+        let tensor = |name: String, shape: &[u64]| {
+            let n: u64 = shape.iter().product();
+            let mut state = 0x9e37_79b9_7f4a_7c15u64 ^ n;
+            let mut value = || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                half::bf16::from_f32((state >> 40) as f32 / (1 << 24) as f32 - 0.5).to_le_bytes()
+            };
+            Tensor { name, dtype: "BF16".into(), shape: shape.to_vec(), data: (0..n).flat_map(|_| value()).collect() }
+        };
+        let (q, kv) = (256, 128); // heads of fixtures/tiny
+        let mut all = vec![
+            tensor("model.embed_tokens.weight".into(), &[512, hidden]),
+            tensor("model.norm.weight".into(), &[hidden]),
+        ];
+        for layer in 0..layers {
+            let shapes: [(&str, &[u64]); 9] = [
+                ("input_layernorm", &[hidden]),
+                ("post_attention_layernorm", &[hidden]),
+                ("self_attn.q_proj", &[q, hidden]),
+                ("self_attn.k_proj", &[kv, hidden]),
+                ("self_attn.v_proj", &[kv, hidden]),
+                ("self_attn.o_proj", &[hidden, q]),
+                ("mlp.gate_proj", &[feed_forward, hidden]),
+                ("mlp.up_proj", &[feed_forward, hidden]),
+                ("mlp.down_proj", &[hidden, feed_forward]),
+            ];
+            all.extend(shapes.iter().map(|(name, shape)| tensor(format!("model.layers.{layer}.{name}.weight"), shape)));
+        }
+        c.set_tensors(&all);
+        c
+    }
+}
