@@ -159,11 +159,12 @@ fn convert(
         }
         let weights = importance(run, t, rows.start);
         let format = format_of(t.ty);
-        format.encode(&b.values, row_len, weights, &mut b.bytes).map_err(|source| fail.format(source, t.ty))?;
+        let encoded = format.encode(&b.values, row_len, weights, &mut b.bytes);
+        encoded.map_err(|source| fail.format(source, t.ty, &b.values))?;
         if t.ty == GgmlType::F16 {
             overflows += fail.f16_overflows(&b.values, &b.bytes)?;
         } else {
-            format.validate(&b.bytes).map_err(|source| fail.format(source, t.ty))?;
+            format.validate(&b.bytes).map_err(|source| fail.format(source, t.ty, &[]))?;
         }
     }
     if run.plan.big_endian {
@@ -179,7 +180,7 @@ fn validate(fail: &Fail, ty: GgmlType, bytes: &[u8]) -> Result<(), ConvertError>
     let Some(format) = formats::format(ty) else { return Ok(()) }; // integers
     format.validate(bytes).map_err(|source| match source {
         FormatError::NotFinite { index, value } => fail.not_finite(index, value).into(),
-        source => fail.format(source, ty).into(),
+        source => fail.format(source, ty, &[]).into(),
     })
 }
 
@@ -187,7 +188,7 @@ fn validate(fail: &Fail, ty: GgmlType, bytes: &[u8]) -> Result<(), ConvertError>
 fn round_through(fail: &Fail, via: GgmlType, b: &mut Buffers, row_len: usize) -> Result<u64, ConvertError> {
     let format = format_of(via);
     b.rounded.resize(b.values.len() * via.block_bytes(), 0);
-    format.encode(&b.values, row_len, None, &mut b.rounded).map_err(|source| fail.format(source, via))?;
+    format.encode(&b.values, row_len, None, &mut b.rounded).map_err(|source| fail.format(source, via, &b.values))?;
     let n = if via == GgmlType::F16 { fail.f16_overflows(&b.values, &b.rounded)? } else { 0 };
     format.decode(&b.rounded, &mut b.values);
     Ok(n)
@@ -241,9 +242,12 @@ impl Fail<'_, '_> {
         WorkError::NotFinite { file: self.file(), tensor: self.tensor(), index, row, column, value }
     }
 
-    /// What a format of type `ty` says of the item, with the row that it means.
-    fn format(&self, source: FormatError, ty: GgmlType) -> WorkError {
+    /// What a format of type `ty` says of the item, with the row that it means; of values that are too large, that of
+    /// the largest.
+    fn format(&self, source: FormatError, ty: GgmlType, values: &[f32]) -> WorkError {
+        let largest = || (0..values.len()).max_by(|&a, &b| values[a].abs().total_cmp(&values[b].abs()));
         let index = match source {
+            FormatError::Overflow => largest().unwrap_or(0),
             FormatError::BadScale { block } => block * ty.block_len(),
             FormatError::NotFinite { index, .. } => index,
             _ => 0,
