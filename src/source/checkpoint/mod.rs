@@ -245,11 +245,19 @@ impl TensorSource for CheckpointSource {
         });
     }
 
-    fn stored_row(&self, index: usize, row: u64) -> u64 {
-        match &self.parts[index][..] {
-            [part] if self.tensors[index].dims.len() > 1 => part.order.source(row),
-            _ => row,
+    fn stored_element(&self, index: usize, element: u64) -> u64 {
+        // elements of a vector are its rows
+        let width = if self.tensors[index].dims.len() == 1 { 1 } else { self.tensors[index].row_len().max(1) };
+        let (row, column) = (element / width, element % width);
+        let mut base = 0;
+        for part in &self.parts[index] {
+            let rows = part.rows * part.row_len / width;
+            if row < base + rows {
+                return (base + part.order.source(row - base)) * width + column;
+            }
+            base += rows;
         }
+        element
     }
 
     fn release(&self, index: usize, rows: Range<u64>) {
