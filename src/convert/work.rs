@@ -149,9 +149,8 @@ fn convert(
     let mut overflows = 0;
     if t.ty == s.stored && t.via == s.stored {
         source.copy_rows(t.source, rows.clone(), &mut b.bytes);
-<<<<<<< HEAD
         let fail = Fail { run, t, first: rows.start * t.row_len() };
-        validate(&fail, s.stored, &b.bytes, rows.start, row_len)?;
+        validate(&fail, s.stored, &b.bytes)?;
     } else {
         // pieces that stay in the second-level cache from reading to encoding
         let step = rows_per_item(t.row_len(), n as u64, s.row_group, CACHED_ELEMENTS) as usize;
@@ -162,26 +161,6 @@ fn convert(
             values.resize((to - from) as usize * row_len, 0.0);
             source.read_rows(t.source, from..to, values);
             overflows += encode(run, t, from, values, rounded, bytes)?;
-=======
-        validate(&fail, s.stored, &b.bytes)?;
-    } else {
-        b.values.resize(n * row_len, 0.0);
-        source.read_rows(t.source, rows.clone(), &mut b.values);
-        if let Some(i) = formats::simd::convert::find_non_finite(&b.values) {
-            return Err(fail.not_finite(i, b.values[i]).into());
-        }
-        if t.via != s.stored && matches!(t.via, GgmlType::F16 | GgmlType::BF16) && t.ty != t.via {
-            overflows += round_through(&fail, t.via, b, row_len)?;
-        }
-        let weights = importance(run, t, rows.start);
-        let format = format_of(t.ty);
-        let encoded = format.encode(&b.values, row_len, weights, &mut b.bytes);
-        encoded.map_err(|source| fail.format(source, t.ty, &b.values))?;
-        if t.ty == GgmlType::F16 {
-            overflows += fail.f16_overflows(&b.values, &b.bytes)?;
-        } else {
-            format.validate(&b.bytes).map_err(|source| fail.format(source, t.ty, &[]))?;
->>>>>>> refs/heads/tests
         }
     }
     if run.plan.big_endian {
@@ -212,12 +191,12 @@ fn encode(
         overflows += round_through(&fail, t.via, values, rounded, row_len)?;
     }
     let format = format_of(t.ty);
-    let fail_row = |source| fail.format(source, row);
-    format.encode(values, row_len, importance(run, t, row), bytes).map_err(fail_row)?;
+    let encoded = format.encode(values, row_len, importance(run, t, row), bytes);
+    encoded.map_err(|source| fail.format(source, t.ty, values))?;
     if t.ty == GgmlType::F16 {
         overflows += fail.f16_overflows(values, bytes)?;
     } else {
-        format.validate(bytes).map_err(fail_row)?;
+        format.validate(bytes).map_err(|source| fail.format(source, t.ty, &[]))?;
     }
     Ok(overflows)
 }
@@ -240,17 +219,10 @@ fn round_through(
     row_len: usize,
 ) -> Result<u64, ConvertError> {
     let format = format_of(via);
-<<<<<<< HEAD
     rounded.resize(values.len() * via.block_bytes(), 0);
-    format.encode(values, row_len, None, rounded).map_err(|source| fail.format(source, 0))?;
+    format.encode(values, row_len, None, rounded).map_err(|source| fail.format(source, via, values))?;
     let n = if via == GgmlType::F16 { fail.f16_overflows(values, rounded)? } else { 0 };
     format.decode(rounded, values);
-=======
-    b.rounded.resize(b.values.len() * via.block_bytes(), 0);
-    format.encode(&b.values, row_len, None, &mut b.rounded).map_err(|source| fail.format(source, via, &b.values))?;
-    let n = if via == GgmlType::F16 { fail.f16_overflows(&b.values, &b.rounded)? } else { 0 };
-    format.decode(&b.rounded, &mut b.values);
->>>>>>> refs/heads/tests
     Ok(n)
 }
 
