@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 use super::CheckpointError;
+use super::json;
 use super::safetensors::{self, Entry};
 use crate::mapped::MappedFile;
 
@@ -125,13 +126,7 @@ struct Index {
 
 fn read_index(folder: &Path) -> Result<Option<Index>, CheckpointError> {
     let path = folder.join(INDEX);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(t) => t,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(CheckpointError::io(&path, e)),
-    };
-    let json: Json =
-        serde_json::from_str(&text).map_err(|e| CheckpointError::file(&path, format!("not valid JSON: {e}")))?;
+    let Some(json) = json::read_if_present(&path)? else { return Ok(None) };
     let map = json
         .get("weight_map")
         .and_then(Json::as_object)

@@ -120,6 +120,11 @@ pub fn read(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
         .map_err(|e| refuse(format!("the header is not UTF-8 at byte {}", 8 + e.valid_up_to())))?;
     let raw: RawHeader =
         serde_json::from_str(text).map_err(|e| refuse(format!("the header is not a valid JSON object: {e}")))?;
+    if let Some((_, metadata)) = raw.0.iter().find(|(name, _)| name == "__metadata__")
+        && metadata.as_object().is_none_or(|m| m.values().any(|v| !v.is_string()))
+    {
+        return Err(CheckpointError::key(file.path(), "__metadata__", "not an object of strings"));
+    }
     let start = 8 + n as usize;
     let entries = raw
         .0

@@ -59,12 +59,12 @@ impl Progress for Bar {
             let seconds = elapsed.as_secs_f64();
             let rate = done as f64 / seconds.max(1e-9);
             let left = (self.total - done.min(self.total)) as f64 / rate.max(1.0);
-            eprintln!(
+            super::print::stderr(&format!(
                 "{percent}%  {} of {}, {}/s, {left:.0} s left",
                 human(done),
                 human(self.total),
                 human(rate as u64)
-            );
+            ));
         }
     }
 

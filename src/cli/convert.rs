@@ -26,7 +26,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     check_output(&args, &prepared, &out)?;
     let say = |text: String| {
         if !args.quiet {
-            eprintln!("{text}");
+            print::stderr(&text);
         }
     };
     for w in &prepared.plan.warnings {
@@ -135,7 +135,8 @@ fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(
     }
 }
 
-/// The first SIGINT or SIGTERM sets a flag, the second ends the process.
+/// The first SIGINT or SIGTERM sets a flag, the second ends the process. A file size limit (`ulimit -f`) becomes an error
+/// of the write that meets it.
 fn install_signal_handlers() -> Result<(), Failure> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let flag = &*convert::INTERRUPTED;
@@ -144,6 +145,8 @@ fn install_signal_handlers() -> Result<(), Failure> {
             .and_then(|_| signal_hook::flag::register(signal, flag.clone()))
             .map_err(|e| Failure::new(RESOURCE, format!("signal handlers: {e}")))?;
     }
+    // SAFETY: ignoring a signal runs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     flag.store(false, Ordering::Relaxed);
     Ok(())
 }

@@ -113,7 +113,12 @@ impl From<crate::convert::OutputError> for Failure {
     fn from(e: crate::convert::OutputError) -> Failure {
         use crate::convert::OutputError as O;
         let code = match e {
-            O::Exists(_) | O::IsInput(_) | O::InsideInput(_) | O::IsFolder(_) | O::NoFolder { .. } => USAGE,
+            O::Exists(_)
+            | O::IsInput(_)
+            | O::InsideInput(_)
+            | O::IsFolder(_)
+            | O::IsSpecial(_)
+            | O::NoFolder { .. } => USAGE,
             O::Busy(_) | O::NoSpace { .. } | O::Io { .. } => RESOURCE,
         };
         Failure::new(code, e)
@@ -140,12 +145,12 @@ pub fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(f)) => {
             if f.code != 0 {
-                eprintln!("error: {}", f.message);
+                print::stderr(&format!("error: {}", f.message));
             }
             ExitCode::from(f.code)
         }
         Err(_) => {
-            eprintln!("error: this is a defect of ostq-convert; please report it with the message above");
+            print::stderr("error: this is a defect of ostq-convert; please report it with the message above");
             ExitCode::from(DEFECT)
         }
     }

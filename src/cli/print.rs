@@ -1,4 +1,4 @@
-//! Standard output, where a closed pipe is no error, and tables.
+//! Standard output, where a closed pipe is no error, standard error, where nothing is, and tables.
 
 use std::io::Write;
 
@@ -10,6 +10,11 @@ pub fn stdout(bytes: &[u8]) -> Result<(), Failure> {
     out.write_all(bytes)?;
     out.flush()?;
     Ok(())
+}
+
+/// Writes a line to standard error. Nobody may be reading it any more (`2>&1 | head`): work goes on all the same.
+pub fn stderr(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 /// Rows of cells, columns padded to their widest cell; numbers (`right`) to the right.

@@ -1,7 +1,7 @@
 //! sha256 of the input files, computed beside the conversion.
 //!
-//! One thread walks each file from front to back, just behind what the workers are told to read, so that the pages are
-//! still in the page cache and the disk is read once. It reads through its own small buffer: no resident pages.
+//! One thread walks each file from front to back, at most a window ahead of the workers: what it has read is in the page
+//! cache when they come to it, so the disk is read once. It reads through its own small buffer: no resident pages.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,6 +16,8 @@ use crate::calibration::imatrix::hex;
 use crate::mapped::MappedFile;
 
 const BUFFER: usize = 1 << 18;
+/// How far it may be ahead of the workers.
+const AHEAD: usize = 256 << 20;
 
 /// Digests in the order of the files, or the file that could not be read.
 type Digests = Result<Vec<String>, (PathBuf, io::Error)>;
@@ -43,10 +45,10 @@ struct Shared {
 }
 
 impl<'scope> Hasher<'scope> {
-    /// Starts hashing `files`, nothing allowed yet.
+    /// Starts hashing `files`.
     pub fn start<'env>(scope: &'scope Scope<'scope, 'env>, files: &'env [MappedFile]) -> Hasher<'scope> {
         let shared = std::sync::Arc::new(Shared {
-            limits: files.iter().map(|_| AtomicUsize::new(0)).collect(),
+            limits: files.iter().map(|_| AtomicUsize::new(AHEAD)).collect(),
             stop: AtomicBool::new(false),
             lock: Mutex::new(()),
             moved: Condvar::new(),
@@ -62,9 +64,9 @@ impl<'scope> Hasher<'scope> {
         Hasher { shared, thread: Some(thread) }
     }
 
-    /// Bytes `0..end` of file `index` may be read: workers have reached them.
-    pub fn allow(&self, index: usize, end: usize) {
-        self.shared.limits[index].fetch_max(end, Ordering::Relaxed);
+    /// Workers have reached byte `end` of file `index`.
+    pub fn reached(&self, index: usize, end: usize) {
+        self.shared.limits[index].fetch_max(end.saturating_add(AHEAD), Ordering::Relaxed);
         self.shared.moved.notify_all();
     }
 

@@ -27,6 +27,8 @@ pub enum OutputError {
     InsideInput(PathBuf),
     #[error("{}: is a folder; name a file", .0.display())]
     IsFolder(PathBuf),
+    #[error("{}: is there and no regular file (a device, a pipe); it is not replaced", .0.display())]
+    IsSpecial(PathBuf),
     #[error("{}: the folder {} does not exist", out.display(), folder.display())]
     NoFolder { out: PathBuf, folder: PathBuf },
     #[error("{}: another conversion is writing this file", .0.display())]
@@ -58,6 +60,9 @@ pub fn check(out: &Path, inputs: &[(u64, u64)], folder: Option<&Path>, force: bo
             }
             if meta.is_dir() {
                 return Err(OutputError::IsFolder(candidate));
+            }
+            if !meta.is_file() {
+                return Err(OutputError::IsSpecial(candidate));
             }
         }
     }
@@ -108,6 +113,17 @@ pub fn part_name(out: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
+fn open_part(part: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o644)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(part)
+}
+
 /// An output in the making. Dropped without [`PartFile::publish`], it removes itself.
 #[derive(Debug)]
 pub struct PartFile {
@@ -123,20 +139,24 @@ impl PartFile {
     /// Creates `out.ostq-part` with `size` bytes reserved on the disk.
     pub fn create(out: &Path, size: u64, force: bool) -> Result<PartFile, OutputError> {
         let part = part_name(out);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o644)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&part)
-            .map_err(OutputError::io(&part))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Err(OutputError::Busy(out.to_path_buf())),
-            Err(std::fs::TryLockError::Error(_)) => {} // a file system without locks
-        }
+        let file = loop {
+            let file = open_part(&part).map_err(OutputError::io(&part))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(std::fs::TryLockError::WouldBlock) => return Err(OutputError::Busy(out.to_path_buf())),
+                Err(std::fs::TryLockError::Error(_)) => {} // a file system without locks
+            }
+            let own = file.metadata().map_err(OutputError::io(&part))?;
+            match std::fs::symlink_metadata(&part) {
+                // a run that ended between the opening and the lock has renamed or removed what was opened
+                Ok(now) if (now.dev(), now.ino()) != (own.dev(), own.ino()) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(OutputError::io(&part)(e)),
+                // killed while it published: the file has its final name as well, and is not to be touched
+                Ok(now) if now.nlink() > 1 => std::fs::remove_file(&part).map_err(OutputError::io(&part))?,
+                Ok(_) => break file,
+            }
+        };
         let this = PartFile { file, part, out: out.to_path_buf(), force, published: false, dirty: AtomicU64::new(0) };
         this.file.set_len(0).map_err(OutputError::io(&this.part))?;
         this.reserve(size)?;

@@ -70,9 +70,9 @@ pub trait TensorSource: Sync {
     /// Rows in their stored type, as GGUF stores them (`out` has rows x row bytes).
     fn copy_rows(&self, index: usize, rows: Range<u64>, out: &mut [u8]);
 
-    /// Where row `row` stands in the input, for messages: transforms may change the order.
-    fn stored_row(&self, _index: usize, row: u64) -> u64 {
-        row
+    /// Where element `element` stands in the stored tensor, for messages: transforms may change the order of rows.
+    fn stored_element(&self, _index: usize, element: u64) -> u64 {
+        element
     }
 
     /// Rows are done with: their pages may leave memory.
