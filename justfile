@@ -23,6 +23,7 @@ test *ARGS:
 lint:
     cargo fmt --check
     cargo clippy --release --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
 
 # Everything that must pass before a merge
 ci:
