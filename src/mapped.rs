@@ -12,6 +12,10 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 
+/// Linux maps more than the page that was asked for: an aligned window of 64 KiB (`fault_around_bytes`), or the whole
+/// large folio of the page cache, up to this size (seen on Linux 6.18).
+const FAULT_AROUND: usize = 2 << 20;
+
 /// An input file, mapped.
 #[derive(Debug)]
 pub struct MappedFile {
@@ -79,6 +83,12 @@ impl MappedFile {
                 self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.end - range.start)
             };
         }
+    }
+
+    /// [`MappedFile::release`] of `range` and a window on both sides: a page fault maps the pages around it too, so what
+    /// a neighbour has released may be back.
+    pub fn release_around(&self, range: Range<usize>) {
+        self.release(range.start.saturating_sub(FAULT_AROUND)..(range.end + FAULT_AROUND).min(self.map.len()));
     }
 
     /// True if the file is still the one that was opened: same inode, length and modification time.

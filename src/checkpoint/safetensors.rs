@@ -142,7 +142,7 @@ pub fn read(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
 /// What a file that is no safetensors file probably is.
 fn guess_kind(bytes: &[u8]) -> &'static str {
     match bytes {
-        b if b.is_empty() => ": the file is empty",
+        [] => ": the file is empty",
         b if b.starts_with(b"version https://git-lfs") => {
             ": a Git LFS pointer; fetch the real file with `git lfs pull`"
         }

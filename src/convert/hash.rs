@@ -1,7 +1,7 @@
 //! sha256 of the input files, computed beside the conversion.
 //!
-//! One thread walks each file from front to back, just behind what the workers are told to read, so that the pages are
-//! still in the page cache and the disk is read once. It reads through its own small buffer: no resident pages.
+//! One thread walks each file from front to back, at most a window ahead of the workers: what it has read is in the page
+//! cache when they come to it, so the disk is read once. It reads through its own small buffer: no resident pages.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,11 +16,16 @@ use crate::calibration::imatrix::hex;
 use crate::mapped::MappedFile;
 
 const BUFFER: usize = 1 << 18;
+/// How far it may be ahead of the workers.
+const AHEAD: usize = 256 << 20;
+
+/// One per file, or the file that cannot be read.
+type Digests = Result<Vec<String>, (PathBuf, io::Error)>;
 
 /// The thread and its limits.
 pub struct Hasher<'scope> {
     shared: std::sync::Arc<Shared>,
-    thread: Option<ScopedJoinHandle<'scope, Result<Vec<String>, (PathBuf, io::Error)>>>,
+    thread: Option<ScopedJoinHandle<'scope, Digests>>,
 }
 
 /// A hasher that is dropped (a worker failed or panicked) ends its thread: the scope waits for it.
@@ -40,10 +45,10 @@ struct Shared {
 }
 
 impl<'scope> Hasher<'scope> {
-    /// Starts hashing `files`, nothing allowed yet.
+    /// Starts hashing `files`.
     pub fn start<'env>(scope: &'scope Scope<'scope, 'env>, files: &'env [MappedFile]) -> Hasher<'scope> {
         let shared = std::sync::Arc::new(Shared {
-            limits: files.iter().map(|_| AtomicUsize::new(0)).collect(),
+            limits: files.iter().map(|_| AtomicUsize::new(AHEAD)).collect(),
             stop: AtomicBool::new(false),
             lock: Mutex::new(()),
             moved: Condvar::new(),
@@ -59,14 +64,14 @@ impl<'scope> Hasher<'scope> {
         Hasher { shared, thread: Some(thread) }
     }
 
-    /// Bytes `0..end` of file `index` may be read: workers have reached them.
-    pub fn allow(&self, index: usize, end: usize) {
-        self.shared.limits[index].fetch_max(end, Ordering::Relaxed);
+    /// Workers have reached byte `end` of file `index`.
+    pub fn reached(&self, index: usize, end: usize) {
+        self.shared.limits[index].fetch_max(end.saturating_add(AHEAD), Ordering::Relaxed);
         self.shared.moved.notify_all();
     }
 
     /// Lets the thread read to the end; the digests in lower-case hex, in the order of the files.
-    pub fn finish(mut self) -> Result<Vec<String>, (PathBuf, io::Error)> {
+    pub fn finish(mut self) -> Digests {
         for l in &self.shared.limits {
             l.store(usize::MAX, Ordering::Relaxed);
         }

@@ -33,6 +33,9 @@ pub enum WorkError {
     Read { file: PathBuf, source: std::io::Error },
 }
 
+/// Elements that are read and encoded at a time within an item.
+const CACHED_ELEMENTS: u64 = 1 << 15;
+
 struct Item {
     tensor: usize,
     rows: Range<u64>,
@@ -139,32 +142,25 @@ fn convert(
     let row_len = t.row_len() as usize;
     if let (Some(h), Some(file)) = (hasher, s.file) {
         let done = s.stored_bytes * rows.end / t.rows().max(1);
-        h.allow(file, s.position + done as usize);
+        h.reached(file, s.position + done as usize);
     }
     let row_bytes = (t.bytes / t.rows().max(1)) as usize;
     b.bytes.resize(n * row_bytes, 0);
-    let fail = Fail { run, t, first: rows.start * t.row_len() };
     let mut overflows = 0;
     if t.ty == s.stored && t.via == s.stored {
         source.copy_rows(t.source, rows.clone(), &mut b.bytes);
+        let fail = Fail { run, t, first: rows.start * t.row_len() };
         validate(&fail, s.stored, &b.bytes)?;
     } else {
-        b.values.resize(n * row_len, 0.0);
-        source.read_rows(t.source, rows.clone(), &mut b.values);
-        if let Some(i) = formats::simd::convert::find_non_finite(&b.values) {
-            return Err(fail.not_finite(i, b.values[i]).into());
-        }
-        if t.via != s.stored && matches!(t.via, GgmlType::F16 | GgmlType::BF16) && t.ty != t.via {
-            overflows += round_through(&fail, t.via, b, row_len)?;
-        }
-        let weights = importance(run, t, rows.start);
-        let format = format_of(t.ty);
-        let encoded = format.encode(&b.values, row_len, weights, &mut b.bytes);
-        encoded.map_err(|source| fail.format(source, t.ty, &b.values))?;
-        if t.ty == GgmlType::F16 {
-            overflows += fail.f16_overflows(&b.values, &b.bytes)?;
-        } else {
-            format.validate(&b.bytes).map_err(|source| fail.format(source, t.ty, &[]))?;
+        // pieces that stay in the second-level cache from reading to encoding
+        let step = rows_per_item(t.row_len(), n as u64, s.row_group, CACHED_ELEMENTS) as usize;
+        let Buffers { values, rounded, bytes } = b;
+        for (i, bytes) in bytes.chunks_mut((step * row_bytes).max(1)).enumerate() {
+            let from = rows.start + (i * step) as u64;
+            let to = (from + step as u64).min(rows.end);
+            values.resize((to - from) as usize * row_len, 0.0);
+            source.read_rows(t.source, from..to, values);
+            overflows += encode(run, t, from, values, rounded, bytes)?;
         }
     }
     if run.plan.big_endian {
@@ -172,6 +168,36 @@ fn convert(
     }
     out.write_at(&b.bytes, t.offset + rows.start * row_bytes as u64)?;
     source.release(t.source, rows);
+    Ok(overflows)
+}
+
+/// Rows from `row` on, as f32, become `bytes`; the number of f16 overflows.
+fn encode(
+    run: &Run,
+    t: &PlannedTensor,
+    row: u64,
+    values: &mut [f32],
+    rounded: &mut Vec<u8>,
+    bytes: &mut [u8],
+) -> Result<u64, ConvertError> {
+    let fail = Fail { run, t, first: row * t.row_len() };
+    let row_len = t.row_len() as usize;
+    if let Some(i) = formats::simd::convert::find_non_finite(values) {
+        return Err(fail.not_finite(i, values[i]).into());
+    }
+    let mut overflows = 0;
+    let stored = run.input.source.tensors()[t.source].stored;
+    if t.via != stored && matches!(t.via, GgmlType::F16 | GgmlType::BF16) && t.ty != t.via {
+        overflows += round_through(&fail, t.via, values, rounded, row_len)?;
+    }
+    let format = format_of(t.ty);
+    let encoded = format.encode(values, row_len, importance(run, t, row), bytes);
+    encoded.map_err(|source| fail.format(source, t.ty, values))?;
+    if t.ty == GgmlType::F16 {
+        overflows += fail.f16_overflows(values, bytes)?;
+    } else {
+        format.validate(bytes).map_err(|source| fail.format(source, t.ty, &[]))?;
+    }
     Ok(overflows)
 }
 
@@ -185,12 +211,18 @@ fn validate(fail: &Fail, ty: GgmlType, bytes: &[u8]) -> Result<(), ConvertError>
 }
 
 /// The two-step way: values become what the intermediate file would hold.
-fn round_through(fail: &Fail, via: GgmlType, b: &mut Buffers, row_len: usize) -> Result<u64, ConvertError> {
+fn round_through(
+    fail: &Fail,
+    via: GgmlType,
+    values: &mut [f32],
+    rounded: &mut Vec<u8>,
+    row_len: usize,
+) -> Result<u64, ConvertError> {
     let format = format_of(via);
-    b.rounded.resize(b.values.len() * via.block_bytes(), 0);
-    format.encode(&b.values, row_len, None, &mut b.rounded).map_err(|source| fail.format(source, via, &b.values))?;
-    let n = if via == GgmlType::F16 { fail.f16_overflows(&b.values, &b.rounded)? } else { 0 };
-    format.decode(&b.rounded, &mut b.values);
+    rounded.resize(values.len() * via.block_bytes(), 0);
+    format.encode(values, row_len, None, rounded).map_err(|source| fail.format(source, via, values))?;
+    let n = if via == GgmlType::F16 { fail.f16_overflows(values, rounded)? } else { 0 };
+    format.decode(rounded, values);
     Ok(n)
 }
 

@@ -78,6 +78,6 @@ impl TensorSource for GgufSource {
 
     fn release(&self, index: usize, rows: Range<u64>) {
         let range = self.range(index, &rows);
-        self.files[0].release(range);
+        self.files[0].release_around(range);
     }
 }

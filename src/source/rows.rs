@@ -1,19 +1,15 @@
 //! Stored elements to f32, row by row.
 
-use half::slice::HalfFloatSliceExt;
-
 use crate::checkpoint::Dtype;
+use crate::formats::simd::convert;
 
 /// Converts stored little-endian elements to f32. `src.len()` is `out.len()` x element size.
 pub fn to_f32(dtype: Dtype, src: &[u8], out: &mut [f32]) {
     assert_eq!(src.len(), out.len() * dtype.bytes());
     match dtype {
         Dtype::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(src),
-        Dtype::F16 => match bytemuck::try_cast_slice::<u8, half::f16>(src) {
-            Ok(h) => h.convert_to_f32_slice(out),
-            Err(_) => each(src, out, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
-        },
-        Dtype::BF16 => each(src, out, |b: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+        Dtype::F16 => convert::f16_to_f32(src, out),
+        Dtype::BF16 => convert::bf16_to_f32(src, out),
         Dtype::F64 => each(src, out, |b: [u8; 8]| f64::from_le_bytes(b) as f32),
         Dtype::F8E4M3 => {
             let table = &*F8_E4M3;

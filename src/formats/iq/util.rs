@@ -1,14 +1,8 @@
 //! Small pieces that the codebook encoders share: rounding, f16 bytes, weights of a sub-block, sub-block scales.
 
 use crate::formats::FormatError;
+pub(crate) use crate::formats::search::nearest_int;
 use crate::gguf::GgmlType;
-
-/// `nearest_int`: round to even through the mantissa of `v + 1.5·2^23`. Values out of range and NaN give what the bit
-/// trick gives in C.
-#[inline]
-pub fn nearest_int(v: f32) -> i32 {
-    ((v + 12_582_912.0).to_bits() & 0x007f_ffff) as i32 - 0x0040_0000
-}
 
 /// `MAX(a, b)` of C, which is not `f32::max` for NaN and signed zeros.
 #[inline]

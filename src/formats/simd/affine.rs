@@ -71,6 +71,7 @@ pub(super) fn search<V: Vector, const N: usize>(p: &Affine, x: &[V; N], w: &[V; 
     let infinity = V::splat(f32::INFINITY);
     let mut best_iscale = zero.replace(infinity.gt(first_iscale), first_iscale);
     let mut origin = min;
+    let mut levels = [zero; N];
     let mut is = 0;
     while is <= p.nstep {
         let range = one.replace(ranged, max - min);
@@ -79,27 +80,16 @@ pub(super) fn search<V: Vector, const N: usize>(p: &Affine, x: &[V; N], w: &[V; 
         let limit = V::splat(4194303.0);
         let wraps =
             !p.guarded && !(limit.gt((iscale * (max - min)).abs()) & limit.gt((iscale * (lowest - min)).abs())).all();
-        let mut levels = [zero; N];
         let (mut sum_l, mut sum_l2, mut sum_xl) = (zero, zero, zero);
-        if wraps {
-            let mut i = 0;
-            while i < N {
-                levels[i] = (iscale * (x[i] - min)).nearest().max(zero).min(nmax);
-                i += 1;
-            }
-        } else {
-            let mut i = 0;
-            while i < N {
-                // NaN becomes 0.
-                levels[i] = (iscale * (x[i] - min)).max(zero).min(nmax).round();
-                i += 1;
-            }
-        }
         let mut i = 0;
         while i < N {
-            let wl = w[i] * levels[i];
+            let v = iscale * (x[i] - min);
+            // In both forms NaN becomes 0.
+            let l = if wraps { v.nearest().max(zero).min(nmax) } else { v.max(zero).min(nmax).round() };
+            levels[i] = l;
+            let wl = w[i] * l;
             sum_l = sum_l + wl;
-            sum_l2 = sum_l2 + wl * levels[i];
+            sum_l2 = sum_l2 + wl * l;
             sum_xl = sum_xl + wl * x[i];
             i += 1;
         }

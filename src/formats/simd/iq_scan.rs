@@ -9,19 +9,16 @@ use crate::formats::FormatError;
 use crate::formats::iq::neighbours::{Entry, Lattice};
 use crate::formats::iq::search::{Scan, Sub, TRIALS, Trials, scaled};
 use std::arch::x86_64::*;
-use std::sync::OnceLock;
 
-/// Proof that AVX2 is there and not forbidden by `OSTQ_ISA=scalar`.
+/// Proof that AVX2 is there and wanted (see [`super::isa`]).
 #[derive(Clone, Copy)]
 pub struct Avx2(());
 
 impl Avx2 {
-    /// The proof, found once per process.
+    /// The proof, if the instruction set in use includes it.
     #[inline]
     pub fn get() -> Option<Avx2> {
-        static USE: OnceLock<bool> = OnceLock::new();
-        let allowed = || std::env::var_os("OSTQ_ISA").is_none_or(|isa| isa != "scalar");
-        USE.get_or_init(|| allowed() && is_x86_feature_detected!("avx2")).then_some(Avx2(()))
+        matches!(super::isa(), super::Isa::Avx2 | super::Isa::Avx512).then_some(Avx2(()))
     }
 
     /// `search::scan`.

@@ -1,240 +1,12 @@
-//! Type mixes: which tensor of a file gets which type, as `llama-quantize` decides it.
-//!
-//! Source: `src/llama-quant.cpp` of llama.cpp b11434 (`tensor_allows_quantization`, `llama_tensor_get_type`,
-//! `llama_tensor_get_type_impl`, `tensor_type_fallback`, `tensor_requires_imatrix`). Pure: names, shapes and a few
-//! hyper-parameters in, one type per tensor out. Tensors must be given in the order that llama-quantize takes them
-//! (see [`processing_order`]), as the rules count.
+//! The rules of every mix, in the order in which llama-quantize tries them, and the fallback for odd row lengths.
 
-use super::FileType;
+use super::names::{Category, allows_quantization, category};
+use super::{Choice, MixError, MixOptions, MixTensor, ModelFacts, layer_of};
 use crate::gguf::GgmlType;
+use crate::plan::FileType;
 
-/// What the mix needs to know of a model.
-#[derive(Clone, Debug, Default)]
-pub struct ModelFacts {
-    /// `general.architecture`.
-    pub arch: String,
-    /// `block_count`.
-    pub layers: u64,
-    /// `attention.head_count` of layer 0.
-    pub heads: u64,
-    /// `attention.head_count_kv` of layer 0.
-    pub kv_heads: u64,
-    /// `expert_count`, 0 for dense models.
-    pub experts: u64,
-}
-
-/// One tensor as the mix sees it.
-#[derive(Clone, Debug)]
-pub struct MixTensor<'a> {
-    pub name: &'a str,
-    /// `ne`: fastest dimension first.
-    pub dims: &'a [u64],
-    /// Type before quantization.
-    pub source: GgmlType,
-}
-
-/// A `--tensor-type` pattern.
-#[derive(Clone, Debug)]
-pub struct TensorTypeRule {
-    pub pattern: fancy_regex::Regex,
-    pub ty: GgmlType,
-}
-
-impl TensorTypeRule {
-    /// `REGEX=TYPE`. The pattern is lower-cased and searched anywhere in the name, as in llama-quantize.
-    pub fn parse(text: &str) -> Result<TensorTypeRule, String> {
-        let (re, ty) = text
-            .rsplit_once('=')
-            .filter(|(re, ty)| !re.is_empty() && !ty.is_empty())
-            .ok_or_else(|| format!("`{text}` is not of the form REGEX=TYPE"))?;
-        let ty = GgmlType::from_name(ty).ok_or_else(|| format!("`{ty}` in `{text}` is no tensor type"))?;
-        if crate::formats::format(ty).is_none() || ty == GgmlType::NVFP4 {
-            return Err(format!("`{ty}` in `{text}` is no type that weights can be quantized to"));
-        }
-        let pattern = fancy_regex::Regex::new(&re.to_lowercase()).map_err(|e| format!("`{re}`: {e}"))?;
-        Ok(TensorTypeRule { pattern, ty })
-    }
-
-    /// True if the pattern is found in `name`.
-    pub fn matches(&self, name: &str) -> bool {
-        self.pattern.is_match(name).unwrap_or(false)
-    }
-}
-
-/// What the user asked for.
-#[derive(Clone, Debug)]
-pub struct MixOptions {
-    pub ftype: FileType,
-    /// `COPY`: every tensor keeps its type.
-    pub copy: bool,
-    pub pure: bool,
-    pub leave_output_tensor: bool,
-    pub output_tensor_type: Option<GgmlType>,
-    pub token_embedding_type: Option<GgmlType>,
-    pub tensor_types: Vec<TensorTypeRule>,
-    /// An imatrix with at least one entry was given.
-    pub has_imatrix: bool,
-}
-
-/// The decision for one tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
-    pub ty: GgmlType,
-    /// The type that was wanted, where the row length did not allow it.
-    pub fallback_from: Option<GgmlType>,
-    /// Cannot be encoded without importance weights.
-    pub requires_imatrix: bool,
-}
-
-/// A tensor for which no type is possible.
-#[derive(Debug, thiserror::Error, PartialEq)]
-pub enum MixError {
-    #[error(
-        "tensor `{tensor}`: its row length {ne0} is no multiple of the block of {ty}, and {ty} has no fallback type"
-    )]
-    NoFallback { tensor: String, ne0: u64, ty: GgmlType },
-    #[error("tensor `{tensor}`: the type {ty} was asked for, but its row length {ne0} is no multiple of {block}")]
-    ForcedShape { tensor: String, ne0: u64, ty: GgmlType, block: usize },
-    #[error(
-        "tensor `{tensor}`: its name has no layer number below {layers} (`blk.N.`), the mix of a model with experts needs it"
-    )]
-    NoLayer { tensor: String, layers: u64 },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Category {
-    Output,
-    TokenEmbd,
-    ValueLike,
-    Key,
-    Query,
-    AttnOutput,
-    Up,
-    Gate,
-    Down,
-    Other,
-}
-
-fn category(name: &str) -> Category {
-    use Category::*;
-    if name == "output.weight" {
-        return Output;
-    }
-    if name == "token_embd.weight" || name == "per_layer_token_embd.weight" {
-        return TokenEmbd;
-    }
-    const BY_PART: &[(&str, Category)] = &[
-        ("attn_qkv.weight", ValueLike),
-        ("attn_kv_b.weight", ValueLike),
-        ("attn_v.weight", ValueLike),
-        ("attn_k.weight", Key),
-        ("attn_q.weight", Query),
-        ("attn_output.weight", AttnOutput),
-        ("ffn_up", Up),
-        ("ffn_gate", Gate),
-        ("ffn_down", Down),
-    ];
-    BY_PART.iter().find(|(part, _)| name.contains(part)).map_or(Other, |(_, c)| *c)
-}
-
-/// Names, parts of names, that keep their type whatever the target.
-const KEPT_PARTS: &[&str] = &[
-    "_norm.weight",
-    "ffn_gate_inp.weight",
-    "ffn_gate_tid2eid.weight",
-    "altup",
-    "laurel",
-    "per_layer_model_proj",
-    "ssm_conv1d",
-    "shortconv.conv.weight",
-    "indexer.k_proj.weight",
-    "indexer.q_proj.weight",
-    "time_mix_first.weight",
-    "time_mix_w0.weight",
-    "time_mix_w1.weight",
-    "time_mix_w2.weight",
-    "time_mix_v0.weight",
-    "time_mix_v1.weight",
-    "time_mix_v2.weight",
-    "time_mix_a0.weight",
-    "time_mix_a1.weight",
-    "time_mix_a2.weight",
-    "time_mix_g1.weight",
-    "time_mix_g2.weight",
-    "time_mix_decay_w1.weight",
-    "time_mix_decay_w2.weight",
-    "time_mix_lerp_fused.weight",
-    "attn_rel_b.weight",
-    ".position_embd",
-    "sam.pos_embd",
-    "sam.neck.",
-    "sam.net_",
-    ".rel_pos",
-    ".patch_embd",
-    ".patch_merger",
-    "a.rvq.codebook",
-    "mm.a.code_embd",
-];
-
-const KEPT_GLM5_NEXT: &[&str] = &[
-    "hc_",
-    "indexer.attn_q_b",
-    "indexer.attn_k",
-    "indexer.proj",
-    "indexer_compressor_gate",
-    "indexer_compressor_ape",
-    "ssm_f_a.weight",
-    "ssm_f_b.weight",
-    "ssm_g_a.weight",
-    "ssm_g_b.weight",
-    "ssm_beta.weight",
-    "attn_kv_a_mqa.weight",
-    "attn_k_b.weight",
-    "attn_v_b.weight",
-];
-
-fn allows_quantization(t: &MixTensor, facts: &ModelFacts, o: &MixOptions) -> bool {
-    let n_dims = t.dims.iter().rposition(|&d| d > 1).map_or(1, |i| i + 1);
-    !o.copy
-        && n_dims >= 2
-        && t.name.ends_with("weight")
-        && !KEPT_PARTS.iter().any(|p| t.name.contains(p))
-        && !matches!(t.name, "position_embd.weight" | "token_types.weight")
-        && !(o.leave_output_tensor && t.name == "output.weight")
-        && !(facts.arch == "glm5-next" && KEPT_GLM5_NEXT.iter().any(|p| t.name.contains(p)))
-}
-
-/// Indices of `names` in the order in which llama-quantize takes and writes them: by layer (none first), then name.
-pub fn processing_order(names: &[&str]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..names.len()).collect();
-    order.sort_by_key(|&i| (layer_of(names[i]).map_or(-1, |l| l as i64), names[i]));
-    order
-}
-
-/// The N of `blk.N.`.
-pub fn layer_of(name: &str) -> Option<u64> {
-    let rest = name.strip_prefix("blk.")?;
-    rest[..rest.find('.')?].parse().ok()
-}
-
-/// Chooses the type of every tensor; `tensors` in [`processing_order`].
-pub fn choose(facts: &ModelFacts, o: &MixOptions, tensors: &[MixTensor]) -> Result<Vec<Choice>, MixError> {
-    let count = |c: Category| tensors.iter().filter(|t| category(t.name) == c).count() as u64;
-    let mut mix = Mix {
-        facts,
-        o,
-        tied: !tensors.iter().any(|t| t.name == "output.weight"),
-        gqa: facts.heads.checked_div(facts.kv_heads).unwrap_or(0),
-        n_wv: count(Category::ValueLike),
-        i_wv: 0,
-        i_down: 0,
-        i_gate: 0,
-        i_up: 0,
-    };
-    tensors.iter().map(|t| mix.target(t)).collect()
-}
-
-struct Mix<'a> {
+/// The state that the rules count in (`quantize_state_impl`).
+pub struct Mix<'a> {
     facts: &'a ModelFacts,
     o: &'a MixOptions,
     tied: bool,
@@ -251,8 +23,24 @@ fn more(i: u64, n: u64) -> bool {
     i < n / 8 || i >= 7 * n / 8 || (i.wrapping_sub(n / 8)) % 3 == 2
 }
 
-impl Mix<'_> {
-    fn target(&mut self, t: &MixTensor) -> Result<Choice, MixError> {
+impl<'a> Mix<'a> {
+    /// Counters at their start.
+    pub fn new(facts: &'a ModelFacts, o: &'a MixOptions, tensors: &[MixTensor]) -> Mix<'a> {
+        Mix {
+            facts,
+            o,
+            tied: !tensors.iter().any(|t| t.name == "output.weight"),
+            gqa: facts.heads.checked_div(facts.kv_heads).unwrap_or(0),
+            n_wv: tensors.iter().filter(|t| category(t.name) == Category::ValueLike).count() as u64,
+            i_wv: 0,
+            i_down: 0,
+            i_gate: 0,
+            i_up: 0,
+        }
+    }
+
+    /// `llama_tensor_get_type`.
+    pub fn target(&mut self, t: &MixTensor) -> Result<Choice, MixError> {
         let cat = category(t.name);
         let o = self.o;
         let kept = |ty| Choice { ty, fallback_from: None, requires_imatrix: false };
