@@ -140,8 +140,10 @@ fn open_file(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
         return Err(CheckpointError::file(path, "--outtype converts a checkpoint folder; for a GGUF file say --type"));
     }
     let mut metadata = source.header.metadata.clone();
-    // the output is laid out at the default alignment, and is one file
-    metadata.retain(|(k, _)| k != "general.alignment" && !k.starts_with("split."));
+    // the output is laid out at the default alignment, is one file, and has a provenance of its own
+    metadata.retain(|(k, _)| {
+        k != "general.alignment" && !k.starts_with("split.") && !k.starts_with(super::PROVENANCE_PREFIX)
+    });
     if gguf::value::get(&metadata, "general.architecture").and_then(Value::as_str).is_none() {
         return Err(CheckpointError::file(path, "key `general.architecture` is missing: not a model"));
     }
