@@ -222,6 +222,8 @@ fn wrong_words_get_a_hint() {
     tiny("--threads 0").exits(2);
     tiny("--type q4_0 --outtype f16").exits(2);
     tiny("--override-kv a=int:x").exits(2).says("not a whole number");
+    tiny("--override-kv general.alignment=int:64").exits(2).says("cannot be set");
+    tiny("--override-kv ostq.version=str:x").exits(2).says("cannot be set");
     run(["--no-such-flag"]).exits(2);
     run(["plan"]).exits(2);
     convert(&dir.path().join("none"), &out, "").exits(3).says("none: No such file");

@@ -71,10 +71,14 @@ impl Weights {
 }
 
 fn open_error(path: &Path, e: std::io::Error, indexed: bool) -> CheckpointError {
-    if e.kind() == std::io::ErrorKind::NotFound && indexed {
-        CheckpointError::file(path, format!("is named in {INDEX} but missing: the download is incomplete"))
-    } else {
-        CheckpointError::io(path, e)
+    match e.kind() {
+        std::io::ErrorKind::NotFound if std::fs::symlink_metadata(path).is_ok() => {
+            CheckpointError::file(path, "a link to a file that is missing: is the download complete?")
+        }
+        std::io::ErrorKind::NotFound if indexed => {
+            CheckpointError::file(path, format!("is named in {INDEX} but missing: the download is incomplete"))
+        }
+        _ => CheckpointError::io(path, e),
     }
 }
 

@@ -5,6 +5,7 @@
 //! is refused (generic JSON maps keep the last). The crate `safetensors` is the oracle of the tests.
 
 use std::fmt;
+use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value as Json;
@@ -99,8 +100,12 @@ pub struct Entry {
 
 /// Reads the header of `file`; entries in the order of the header.
 pub fn read(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
-    let bytes = file.bytes();
-    let refuse = |why: String| CheckpointError::file(file.path(), why);
+    parse(file.path(), file.bytes())
+}
+
+/// Reads the header of `bytes`, a whole file; `path` is for messages.
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Entry>, CheckpointError> {
+    let refuse = |why: String| CheckpointError::file(path, why);
     if bytes.len() < 8 {
         return Err(refuse(format!("{} bytes are too few for a safetensors file{}", bytes.len(), guess_kind(bytes))));
     }
@@ -123,7 +128,7 @@ pub fn read(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
     if let Some((_, metadata)) = raw.0.iter().find(|(name, _)| name == "__metadata__")
         && metadata.as_object().is_none_or(|m| m.values().any(|v| !v.is_string()))
     {
-        return Err(CheckpointError::key(file.path(), "__metadata__", "not an object of strings"));
+        return Err(CheckpointError::key(path, "__metadata__", "not an object of strings"));
     }
     let start = 8 + n as usize;
     let entries = raw
@@ -131,11 +136,10 @@ pub fn read(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
         .into_iter()
         .filter(|(name, _)| name != "__metadata__")
         .map(|(name, json)| {
-            entry(&name, &json, start, bytes.len())
-                .map_err(|why| CheckpointError::tensor(file.path(), name.clone(), why))
+            entry(&name, &json, start, bytes.len()).map_err(|why| CheckpointError::tensor(path, name.clone(), why))
         })
         .collect::<Result<Vec<_>, _>>()?;
-    check_cover(file, &entries, start)?;
+    check_cover(path, bytes.len(), &entries, start)?;
     Ok(entries)
 }
 
@@ -227,7 +231,7 @@ fn entry(name: &str, json: &Json, start: usize, len: usize) -> Result<Entry, Str
 }
 
 /// Ranges sorted by their beginning must follow each other and fill the file.
-fn check_cover(file: &MappedFile, entries: &[Entry], start: usize) -> Result<(), CheckpointError> {
+fn check_cover(path: &Path, len: usize, entries: &[Entry], start: usize) -> Result<(), CheckpointError> {
     let mut order: Vec<&Entry> = entries.iter().collect();
     order.sort_by_key(|e| (e.begin, e.end));
     let mut at = start;
@@ -235,17 +239,16 @@ fn check_cover(file: &MappedFile, entries: &[Entry], start: usize) -> Result<(),
         if e.begin != at {
             let what = if e.begin < at { "overlaps the tensor before it" } else { "leaves a hole before it" };
             return Err(CheckpointError::tensor(
-                file.path(),
+                path,
                 &e.name,
                 format!("data begins at file byte {}, expected {at}: it {what}", e.begin),
             ));
         }
         at = e.end;
     }
-    let len = file.bytes().len();
     if at != len {
         return Err(CheckpointError::file(
-            file.path(),
+            path,
             format!("the tensors end at byte {at}, the file has {len}: {} bytes belong to no tensor", len - at),
         ));
     }

@@ -89,6 +89,7 @@ impl From<crate::checkpoint::CheckpointError> for Failure {
         use std::io::ErrorKind as Kind;
         let code = match &e {
             crate::checkpoint::CheckpointError::Io { source, .. } => match source.kind() {
+                _ if source.raw_os_error() == Some(libc::ELOOP) => REFUSED,
                 Kind::NotFound | Kind::InvalidInput | Kind::NotADirectory | Kind::InvalidData => REFUSED,
                 _ => RESOURCE,
             },

@@ -164,6 +164,9 @@ fn parse_override(text: &str) -> Result<KvOverride, String> {
     if key.is_empty() || key.len() > MAX {
         return Err(bad("the key must have 1 to 127 bytes"));
     }
+    if key == "general.alignment" || key.starts_with(super::PROVENANCE_PREFIX) {
+        return Err(bad("this key describes the file itself and cannot be set"));
+    }
     let value = match ty {
         "int" => {
             let n: i64 = value.parse().map_err(|_| bad("not a whole number"))?;
