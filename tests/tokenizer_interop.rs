@@ -1,23 +1,18 @@
 //! The real llama.cpp tokenizes with our vocabularies as the checkpoint's own tokenizer does.
 //!
-//! Needs `llama-tokenize` in the folder `bin` of `OSTQ_PEERS` (made by `tools/setup-peers.sh` of the shared folder) and the
-//! shared test models; skipped with a line on stderr where one is missing.
+//! Needs `llama-tokenize` in the folder `bin` of `OSTQ_PEERS` (default `~/.cache/ostq-peers`, made by `just peers`) and the
+//! shared test models; skipped with a line on stderr where one is missing (a failure if `OSTQ_REQUIRE_PEERS=1`).
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use common::{shared, write_vocab};
+use common::{peer, shared, write_vocab};
 use ostq_convert::arch::metadata::{MetadataOptions, build};
 use ostq_convert::checkpoint::Config;
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
-
-fn llama_tokenize() -> Option<PathBuf> {
-    let tool = PathBuf::from(std::env::var_os("OSTQ_PEERS")?).join("bin/llama-tokenize");
-    tool.is_file().then_some(tool)
-}
 
 /// The ids of `text` without special tokens, by llama.cpp.
 fn ids(tool: &Path, vocab: &Path, text: &str) -> Vec<u32> {
@@ -43,10 +38,7 @@ fn vocab_of(folder: &Path, out: &Path) {
 #[test]
 fn llama_cpp_gives_the_ids_of_the_reference_or_of_tokenizer_json() {
     let Some(shared) = shared() else { return };
-    let Some(tool) = llama_tokenize() else {
-        eprintln!("SKIPPED: no llama-tokenize (set OSTQ_PEERS)");
-        return;
-    };
+    let Some(tool) = peer("llama-tokenize") else { return };
     let goldens: Json =
         serde_json::from_str(&std::fs::read_to_string(shared.join("goldens/tokens.json")).unwrap()).unwrap();
     let texts: Vec<&str> = goldens["texts"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();

@@ -78,13 +78,14 @@ fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
             None => return Err(format!("key `{key}` is missing: not an imatrix")),
         }
     }
-    let floats = |name: &str| -> Result<Option<Vec<f32>>, String> {
+    type Floats<'a> = Option<(Vec<f32>, &'a [u64])>;
+    let floats = |name: &str| -> Result<Floats, String> {
         let Some(t) = header.tensor(name) else { return Ok(None) };
         if t.ty != GgmlType::F32 {
             return Err(format!("tensor `{name}` is {}, not f32", t.ty));
         }
         let data = &bytes[t.offset as usize..(t.offset + t.bytes) as usize];
-        Ok(Some(data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
+        Ok(Some((data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(), &t.dims)))
     };
     for t in &header.tensors {
         let Some(name) = t.name.strip_suffix(".in_sum2") else {
@@ -95,8 +96,9 @@ fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
             }
             continue;
         };
-        let sums = floats(&t.name)?.ok_or("in_sum2 vanished")?;
-        let counts = floats(&format!("{name}.counts"))?.ok_or_else(|| format!("`{name}` has in_sum2 but no counts"))?;
+        let (sums, _) = floats(&t.name)?.ok_or("in_sum2 vanished")?;
+        let (counts, _) =
+            floats(&format!("{name}.counts"))?.ok_or_else(|| format!("`{name}` has in_sum2 but no counts"))?;
         if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) {
             return Err(format!("`{name}`: {} sums for {} counts", sums.len(), counts.len()));
         }

@@ -1,14 +1,17 @@
-//! Progress: a bar on a terminal, a line for every tenth elsewhere.
+//! Progress: a bar on a terminal, elsewhere a line for every tenth, but not more often than people read.
 
 use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::convert::Progress;
 use crate::plan::memory::human;
+
+/// Time between two lines.
+const LINE_EVERY: Duration = Duration::from_secs(2);
 
 /// Shows bytes read, throughput and time left.
 pub struct Bar {
@@ -16,7 +19,8 @@ pub struct Bar {
     total: u64,
     done: AtomicU64,
     start: Instant,
-    next_line: Mutex<u64>,
+    /// Percent and time of the next line.
+    next_line: Mutex<(u64, Duration)>,
 }
 
 impl Bar {
@@ -30,7 +34,7 @@ impl Bar {
             bar.set_style(style.expect("a valid template").progress_chars("=> "));
             bar
         });
-        Bar { bar, total, done: AtomicU64::new(0), start: Instant::now(), next_line: Mutex::new(10) }
+        Bar { bar, total, done: AtomicU64::new(0), start: Instant::now(), next_line: Mutex::new((10, LINE_EVERY)) }
     }
 
     /// Removes the bar.
@@ -49,9 +53,10 @@ impl Progress for Bar {
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let percent = done * 100 / self.total.max(1);
         let Ok(mut next) = self.next_line.try_lock() else { return };
-        if percent >= *next && percent < 100 {
-            *next = percent / 10 * 10 + 10;
-            let seconds = self.start.elapsed().as_secs_f64();
+        let elapsed = self.start.elapsed();
+        if percent >= next.0 && percent < 100 && elapsed >= next.1 {
+            *next = (percent / 10 * 10 + 10, elapsed + LINE_EVERY);
+            let seconds = elapsed.as_secs_f64();
             let rate = done as f64 / seconds.max(1e-9);
             let left = (self.total - done.min(self.total)) as f64 / rate.max(1.0);
             super::print::stderr(&format!(

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::args::ConvertArgs;
 use super::bar::Bar;
-use super::plan::{Prepared, prepare};
+use super::plan::{Prepared, prepare, threads};
 use super::{Failure, INTERRUPTED, RESOURCE, USAGE, inspect, print};
 use crate::convert::progress::Silent;
 use crate::convert::{self, OutputError, Progress, Run, output};
@@ -37,14 +37,14 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     }
     let total: u64 = prepared.plan.tensors.iter().map(|t| prepared.input.source.tensors()[t.source].stored_bytes).sum();
     say(format!(
-        "{}: {} tensors, {} -> {} ({:.2} bits per weight); at most {} of memory, {} threads, {}",
+        "{}: {} tensors, {} -> {} ({:.2} bits per weight); at most {} of memory, {}, {}",
         prepared.plan.type_name,
         prepared.plan.tensors.len(),
         human(total),
         human(prepared.plan.layout.file_size),
         prepared.plan.bits_per_weight(),
         human(prepared.memory.peak),
-        prepared.memory.threads,
+        threads(prepared.memory.threads),
         crate::formats::simd::isa().name(),
     ));
     let bar = (!args.quiet).then(|| Bar::new(total));

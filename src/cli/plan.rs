@@ -51,6 +51,11 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     print::stdout(text(&p).as_bytes())
 }
 
+/// A number of threads, in words.
+pub fn threads(n: usize) -> String {
+    if n == 1 { "1 thread".into() } else { format!("{n} threads") }
+}
+
 fn dims(d: &[u64]) -> String {
     d.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ")
 }
@@ -86,7 +91,7 @@ fn text(p: &Prepared) -> String {
         ],
         vec![
             "memory needed".to_string(),
-            format!("at most {}, with {} threads", human(p.memory.peak), p.memory.threads),
+            format!("at most {}, with {}", human(p.memory.peak), threads(p.memory.threads)),
         ],
     ];
     facts.extend(p.input.summary.iter().map(|(k, v)| vec![k.clone(), v.clone()]));

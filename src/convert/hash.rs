@@ -19,7 +19,7 @@ const BUFFER: usize = 1 << 18;
 /// How far it may be ahead of the workers.
 const AHEAD: usize = 256 << 20;
 
-/// One per file, or the file that cannot be read.
+/// Digests in the order of the files, or the file that could not be read.
 type Digests = Result<Vec<String>, (PathBuf, io::Error)>;
 
 /// The thread and its limits.

@@ -95,7 +95,7 @@ pub fn free_space(out: &Path) -> io::Result<u64> {
     }
     // SAFETY: the call succeeded, so `s` is filled.
     let s = unsafe { s.assume_init() };
-    #[allow(clippy::unnecessary_cast)] // other systems have other widths
+    #[allow(clippy::unnecessary_cast)] // narrower on other systems
     Ok((s.f_bavail as u64).saturating_mul(s.f_frsize as u64))
 }
 

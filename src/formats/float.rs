@@ -1,7 +1,7 @@
 //! F32, F16, BF16: one value is one block.
 //!
 //! Encoding F16 turns magnitudes from 65520 up into infinity, as ggml does; [`BlockFormat::validate`] of the output
-//! tells. The work is done by the slice conversions of [`simd::convert`](super::simd::convert).
+//! tells. The work is done by the slice conversions of [`simd::convert`](mod@super::simd::convert).
 
 use super::{BlockFormat, FormatError, check_decode, check_encode, simd};
 use crate::gguf::GgmlType;

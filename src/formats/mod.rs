@@ -1,6 +1,6 @@
 //! Block formats: how a row of numbers becomes blocks of bytes, and back.
 //!
-//! Each format is a unit struct that implements [`BlockFormat`]; [`format`] is the table. Encoders give the bytes of
+//! Each format is a unit struct that implements [`BlockFormat`]; [`format()`] is the table. Encoders give the bytes of
 //! `ggml_quantize_chunk` (llama.cpp b11434, built for baseline x86-64: plain f32, left to right, no fused multiply-add).
 //! The scalar code is the definition; `simd` holds kernels that do the same operations in the same order, one block
 //! (or sub-block) per lane.

@@ -139,11 +139,26 @@ fn open_file(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
     if let Target::Outtype(_) = options.target {
         return Err(CheckpointError::file(path, "--outtype converts a checkpoint folder; for a GGUF file say --type"));
     }
+    let r = &options.recipe;
+    let checkpoint_only = [
+        ("--model-name", r.model_name.is_some()),
+        ("--metadata", r.metadata.is_some()),
+        ("--chat-template", r.chat_template.is_some()),
+        ("--pre", r.pre.is_some()),
+        ("--vocab-only", r.vocab_only),
+        ("--fuse-qkv", r.fuse_qkv),
+        ("--fp8-as-q8", r.fp8_as_q8),
+        ("--via", options.via != Via::Auto),
+    ];
+    if let Some((flag, _)) = checkpoint_only.iter().find(|(_, given)| *given) {
+        let reason = format!("{flag} is for a checkpoint folder, this is a GGUF file; --override-kv sets single keys");
+        return Err(CheckpointError::file(path, reason));
+    }
     let mut metadata = source.header.metadata.clone();
-    // the output is laid out at the default alignment, is one file, and has a provenance of its own
-    metadata.retain(|(k, _)| {
-        k != "general.alignment" && !k.starts_with("split.") && !k.starts_with(super::PROVENANCE_PREFIX)
-    });
+    // the output is laid out at the default alignment, is one file, and says itself what it was made from
+    let stale =
+        |k: &str| k == "general.alignment" || k.starts_with("split.") || k.starts_with(super::PROVENANCE_PREFIX);
+    metadata.retain(|(k, _)| !stale(k));
     if gguf::value::get(&metadata, "general.architecture").and_then(Value::as_str).is_none() {
         return Err(CheckpointError::file(path, "key `general.architecture` is missing: not a model"));
     }

@@ -22,6 +22,22 @@ pub fn shared() -> Option<PathBuf> {
     None
 }
 
+/// A program of real llama.cpp, in `bin` of `OSTQ_PEERS` (default `~/.cache/ostq-peers`). `None`, and a loud line, if it is
+/// not there; a failure if `OSTQ_REQUIRE_PEERS=1`.
+#[allow(dead_code)]
+pub fn peer(name: &str) -> Option<PathBuf> {
+    let set = |key: &str| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let peers = set("OSTQ_PEERS").or_else(|| Some(set("HOME")?.join(".cache/ostq-peers")))?;
+    let tool = peers.join("bin").join(name);
+    if tool.is_file() {
+        return Some(tool);
+    }
+    let missing = format!("no {} (set OSTQ_PEERS, `just peers --without-python`)", tool.display());
+    assert!(std::env::var_os("OSTQ_REQUIRE_PEERS").is_none_or(|v| v != "1"), "{missing}");
+    eprintln!("SKIPPED: {missing}");
+    None
+}
+
 /// A golden file.
 #[allow(dead_code)]
 pub struct Golden(Json);

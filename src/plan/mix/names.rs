@@ -97,10 +97,9 @@ const KEPT_GLM5_NEXT: &[&str] = &[
 
 pub fn allows_quantization(t: &MixTensor, facts: &ModelFacts, o: &MixOptions) -> bool {
     let n_dims = t.dims.iter().rposition(|&d| d > 1).map_or(1, |i| i + 1);
-    let kept = o.copy
-        || KEPT_PARTS.iter().any(|p| t.name.contains(p))
+    let kept = KEPT_PARTS.iter().any(|p| t.name.contains(p))
         || matches!(t.name, "position_embd.weight" | "token_types.weight")
         || (o.leave_output_tensor && t.name == "output.weight")
         || (facts.arch == "glm5-next" && KEPT_GLM5_NEXT.iter().any(|p| t.name.contains(p)));
-    n_dims >= 2 && t.name.ends_with("weight") && !kept
+    !o.copy && n_dims >= 2 && t.name.ends_with("weight") && !kept
 }
