@@ -16,6 +16,11 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 /// large folio of the page cache, up to this size (seen on Linux 6.18).
 const FAULT_AROUND: usize = 2 << 20;
 
+/// Device and inode of what `path` leads to; `None` if it cannot be told.
+pub fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
 /// An input file, mapped.
 #[derive(Debug)]
 pub struct MappedFile {

@@ -1,14 +1,6 @@
 //! LLaMA 1/2/3, SmolLM, SmolLM2 and Mistral: `conversion/llama.py` (`LlamaModel`).
 
-use super::{Architecture, Default, Dim::*, Presence::*, TensorRule, Transform, VocabOrder};
-
-const fn rule(hf: &'static str, gguf: &'static str, shape: &'static [super::Dim]) -> TensorRule {
-    TensorRule { hf, gguf, shape, transform: Transform::None, presence: Required }
-}
-
-const fn optional(hf: &'static str, gguf: &'static str, shape: &'static [super::Dim]) -> TensorRule {
-    TensorRule { hf, gguf, shape, transform: Transform::None, presence: Optional }
-}
+use super::{Architecture, Default, Dim::*, TensorRule, Transform, VocabOrder, optional, rule};
 
 const TENSORS: &[TensorRule] = &[
     rule("model.embed_tokens.weight", "token_embd.weight", &[Vocab, Embed]),

@@ -45,6 +45,16 @@ pub struct TensorRule {
     pub presence: Presence,
 }
 
+/// A tensor that must be there and stays as it is.
+const fn rule(hf: &'static str, gguf: &'static str, shape: &'static [Dim]) -> TensorRule {
+    TensorRule { hf, gguf, shape, transform: Transform::None, presence: Presence::Required }
+}
+
+/// A tensor that may be there and stays as it is.
+const fn optional(hf: &'static str, gguf: &'static str, shape: &'static [Dim]) -> TensorRule {
+    TensorRule { presence: Presence::Optional, ..rule(hf, gguf, shape) }
+}
+
 /// Whether a checkpoint must hold the tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {

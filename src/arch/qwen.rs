@@ -1,14 +1,6 @@
 //! Qwen2, Qwen2.5 and Qwen3: `conversion/qwen.py` (`Qwen2Model`, `Qwen3Model`). No rotary permutation.
 
-use super::{Architecture, Default, Dim::*, Presence::*, TensorRule, Transform, VocabOrder};
-
-const fn rule(hf: &'static str, gguf: &'static str, shape: &'static [super::Dim]) -> TensorRule {
-    TensorRule { hf, gguf, shape, transform: Transform::None, presence: Required }
-}
-
-const fn optional(hf: &'static str, gguf: &'static str, shape: &'static [super::Dim]) -> TensorRule {
-    TensorRule { hf, gguf, shape, transform: Transform::None, presence: Optional }
-}
+use super::{Architecture, Default, Dim::*, TensorRule, VocabOrder, optional, rule};
 
 const TENSORS: &[TensorRule] = &[
     rule("model.embed_tokens.weight", "token_embd.weight", &[Vocab, Embed]),

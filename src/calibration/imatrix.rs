@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use byteorder::{ByteOrder, LittleEndian};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::CheckpointError;
@@ -85,7 +86,7 @@ fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
             return Err(format!("tensor `{name}` is {}, not f32", t.ty));
         }
         let data = &bytes[t.offset as usize..(t.offset + t.bytes) as usize];
-        Ok(Some((data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(), &t.dims)))
+        Ok(Some((f32s(data), &t.dims)))
     };
     for t in &header.tensors {
         let Some(name) = t.name.strip_suffix(".in_sum2") else {
@@ -114,6 +115,13 @@ fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
         return Err("no tensor `*.in_sum2`: not an imatrix".into());
     }
     Ok(out)
+}
+
+/// Little-endian values.
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    let mut values = vec![0.0; bytes.len() / 4];
+    LittleEndian::read_f32_into(bytes, &mut values);
+    values
 }
 
 struct Legacy<'a>(&'a [u8]);
@@ -148,10 +156,10 @@ fn from_legacy(bytes: &[u8]) -> Result<Imatrix, String> {
         let calls = r.i32()?;
         let len = r.length(&format!("the number of values of `{name}`"))?;
         let bytes = len.checked_mul(4).ok_or("a length overflows")?;
-        let data = r.take(bytes)?.as_chunks::<4>().0;
+        let data = f32s(r.take(bytes)?);
         // stored values are mean x calls
         let calls = if calls > 0 { calls as f32 } else { 1.0 };
-        let values = data.iter().map(|b| f32::from_le_bytes(*b) / calls).collect();
+        let values = data.iter().map(|v| v / calls).collect();
         if out.entries.insert(name.to_string(), values).is_some() {
             return Err(format!("entry `{name}` appears twice"));
         }

@@ -11,6 +11,7 @@ use super::plan::{Prepared, prepare, threads};
 use super::{Failure, INTERRUPTED, RESOURCE, USAGE, inspect, print};
 use crate::convert::progress::Silent;
 use crate::convert::{self, OutputError, Progress, Run, output};
+use crate::mapped::identity;
 use crate::plan::memory::human;
 
 /// Converts.
@@ -108,23 +109,14 @@ fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(
     if input.is_dir() {
         side.extend(std::fs::read_dir(input).into_iter().flatten().flatten().map(|e| e.path()));
     }
-    for path in side {
-        use std::os::unix::fs::MetadataExt;
-        if let Ok(m) = std::fs::metadata(&path) {
-            inputs.push((m.dev(), m.ino()));
-        }
-    }
+    inputs.extend(side.iter().filter_map(|p| identity(p)));
     // a finished conversion inside the input folder may be replaced with --force, an input never
-    let own = std::fs::metadata(out).ok().filter(|_| args.force && out.extension().is_some_and(|e| e == "gguf"));
-    if let Some(m) = own {
-        use std::os::unix::fs::MetadataExt;
-        let used = prepared.input.source.files().iter().any(|f| f.identity() == (m.dev(), m.ino()))
-            || r.imatrix
-                .as_deref()
-                .and_then(|p| std::fs::metadata(p).ok())
-                .is_some_and(|i| (i.dev(), i.ino()) == (m.dev(), m.ino()));
+    let own = identity(out).filter(|_| args.force && out.extension().is_some_and(|e| e == "gguf"));
+    if let Some(own) = own {
+        let used = prepared.input.source.files().iter().any(|f| f.identity() == own)
+            || r.imatrix.as_deref().and_then(identity) == Some(own);
         if !used {
-            inputs.retain(|&id| id != (m.dev(), m.ino()));
+            inputs.retain(|&id| id != own);
         }
     }
     output::check(out, &inputs, input.is_dir().then_some(input), args.force)?;

@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::mapped::identity;
 use crate::plan::memory::human;
 
 /// Dirty bytes after which the kernel is asked to start writing back.
@@ -69,17 +70,11 @@ pub fn check(out: &Path, inputs: &[(u64, u64)], folder: Option<&Path>, force: bo
     if std::fs::symlink_metadata(out).is_ok() && !force {
         return Err(OutputError::Exists(out.to_path_buf()));
     }
-    if let Some(folder) = folder.filter(|_| !force)
-        && let (Ok(folder), Ok(mut at)) = (std::fs::metadata(folder), dir.canonicalize())
+    if let Some(folder) = folder.filter(|_| !force).and_then(identity)
+        && let Ok(dir) = dir.canonicalize()
+        && dir.ancestors().any(|at| identity(at) == Some(folder))
     {
-        loop {
-            if std::fs::metadata(&at).is_ok_and(|m| (m.dev(), m.ino()) == (folder.dev(), folder.ino())) {
-                return Err(OutputError::InsideInput(out.to_path_buf()));
-            }
-            if !at.pop() {
-                break;
-            }
-        }
+        return Err(OutputError::InsideInput(out.to_path_buf()));
     }
     Ok(())
 }

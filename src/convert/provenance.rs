@@ -3,9 +3,7 @@
 //! Digests of the input are known only when it has been read; the header is laid out before that, so the keys are
 //! planned with placeholders of the same length and filled in at the end.
 
-use sha2::{Digest, Sha256};
-
-use crate::calibration::imatrix::{Imatrix, hex};
+use crate::calibration::imatrix::Imatrix;
 use crate::gguf::{self, Array, Metadata, Value};
 use crate::plan::{Input, Plan, Recipe};
 
@@ -50,17 +48,7 @@ pub fn fill(plan: &mut Plan, hashes: &[String]) {
             *value = Value::Array(Array::Str(hashes.iter().map(|h| h.as_bytes().to_vec()).collect()));
         }
     }
-    let specs: Vec<gguf::TensorSpec> = plan
-        .tensors
-        .iter()
-        .map(|t| gguf::TensorSpec { name: t.name.clone(), dims: t.dims.clone(), ty: t.ty })
-        .collect();
-    let layout = gguf::layout(&plan.metadata, &specs, plan.big_endian).expect("it was laid out before");
-    assert_eq!(layout.header.len(), plan.layout.header.len(), "placeholders have the length of digests");
-    plan.layout.header = layout.header;
-}
-
-/// sha256 of a byte string, in hex.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
+    let planned = plan.layout.header.len();
+    plan.refresh_header().expect("it was laid out before");
+    assert_eq!(plan.layout.header.len(), planned, "placeholders have the length of digests");
 }

@@ -45,6 +45,19 @@ pub(crate) fn from_f16_bits(bits: u16) -> f32 {
     half::f16::from_bits(bits).to_f32_const()
 }
 
+/// `GGML_FP32_TO_FP16` as little-endian bytes: infinity if too large, a NaN becomes sign | 0x7E00.
+pub(crate) fn f16_bytes(v: f32) -> [u8; 2] {
+    if v.is_nan() {
+        return ((v.to_bits() >> 16) as u16 & 0x8000 | 0x7e00).to_le_bytes();
+    }
+    half::f16::from_f32(v).to_le_bytes()
+}
+
+/// The f16 at byte offset `at`, as f32.
+pub(crate) fn f16_at(block: &[u8], at: usize) -> f32 {
+    half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
 /// The value of largest magnitude, the first of several, with its sign; and the magnitude.
 #[inline(always)]
 pub(crate) fn signed_max(x: &[f32]) -> (f32, f32) {

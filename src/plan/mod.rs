@@ -152,9 +152,7 @@ impl Plan {
             gguf::value::replace(&mut metadata, &format!("{}.block_count", facts.arch), Value::U32(left as u32));
         }
         metadata.extend(provenance);
-        let specs: Vec<TensorSpec> =
-            tensors.iter().map(|t| TensorSpec { name: t.name.clone(), dims: t.dims.clone(), ty: t.ty }).collect();
-        let layout = gguf::layout(&metadata, &specs, options.recipe.bigendian)?;
+        let layout = lay_out(&metadata, &tensors, options.recipe.bigendian)?;
         for (t, (offset, bytes)) in tensors.iter_mut().zip(&layout.tensors) {
             (t.offset, t.bytes) = (*offset, *bytes);
         }
@@ -168,6 +166,12 @@ impl Plan {
         })
     }
 
+    /// Lays the header out anew after a key got another value.
+    pub fn refresh_header(&mut self) -> Result<(), GgufError> {
+        self.layout = lay_out(&self.metadata, &self.tensors, self.big_endian)?;
+        Ok(())
+    }
+
     /// Weights of the model.
     pub fn elements(&self) -> u64 {
         self.tensors.iter().map(PlannedTensor::elements).sum()
@@ -177,6 +181,11 @@ impl Plan {
     pub fn bits_per_weight(&self) -> f64 {
         self.tensors.iter().map(|t| t.bytes).sum::<u64>() as f64 * 8.0 / self.elements().max(1) as f64
     }
+}
+
+fn lay_out(metadata: &Metadata, tensors: &[PlannedTensor], big_endian: bool) -> Result<Layout, GgufError> {
+    let spec = |t: &PlannedTensor| TensorSpec { name: t.name.clone(), dims: t.dims.clone(), ty: t.ty };
+    gguf::layout(metadata, &tensors.iter().map(spec).collect::<Vec<_>>(), big_endian)
 }
 
 fn type_name(input: &Input, options: &Options) -> String {

@@ -5,12 +5,11 @@ use super::neighbours::{self, Lattice};
 use super::search::nearest;
 use super::split::{SHIFTED, Split, Sums16, Sums32, best_split_16, best_split_32, order};
 use super::util::{
-    c_max, decode_blocks, each_block, f16_at, f16_bytes, first_f16, importance, scale_index, sub, sum_of_squares,
-    validate_scales,
+    c_max, decode_blocks, each_block, f16_at, f16_bytes, importance, scale_index, sub, sum_of_squares, validate_scales,
 };
 #[cfg(target_arch = "x86_64")]
 use crate::formats::simd::iq_scan::Avx2;
-use crate::formats::{BlockFormat, FormatError};
+use crate::formats::{BlockFormat, FormatError, validate_f16_fields};
 use crate::gguf::GgmlType;
 
 /// Sub-blocks whose largest magnitude is less than this are zero (`GROUP_MAX_EPS_IQ1_S`, `GROUP_MAX_EPS_IQ1_M`).
@@ -178,7 +177,7 @@ impl BlockFormat for Iq1S {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_scales(GgmlType::IQ1_S, blocks, first_f16)
+        validate_f16_fields(GgmlType::IQ1_S, blocks, &[0])
     }
 }
 

@@ -6,10 +6,9 @@ use super::qp::qp_scale;
 use super::search::{Again, Scan, Sub, Trials, search};
 use super::signs::{apply, apply_even, largest, split_even_signs, split_signs};
 use super::util::{
-    c_max, decode_blocks, each_block, f16_at, f16_bytes, first_f16, importance, scale_index, sub, sum_of_squares,
-    u32_at, validate_scales,
+    c_max, decode_blocks, each_block, f16_at, f16_bytes, importance, scale_index, sub, sum_of_squares, u32_at,
 };
-use crate::formats::{BlockFormat, FormatError};
+use crate::formats::{BlockFormat, FormatError, validate_f16_fields};
 use crate::gguf::GgmlType;
 
 /// Sub-blocks whose largest magnitude is less than this are zero (`GROUP_MAX_EPS`, `GROUP_MAX_EPS_IQ2_S`).
@@ -112,7 +111,7 @@ impl BlockFormat for Iq2Xxs {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_scales(GgmlType::IQ2_XXS, blocks, first_f16)
+        validate_f16_fields(GgmlType::IQ2_XXS, blocks, &[0])
     }
 }
 
@@ -206,7 +205,7 @@ impl BlockFormat for Iq2Xs {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_scales(GgmlType::IQ2_XS, blocks, first_f16)
+        validate_f16_fields(GgmlType::IQ2_XS, blocks, &[0])
     }
 }
 
@@ -283,6 +282,6 @@ impl BlockFormat for Iq2S {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_scales(GgmlType::IQ2_S, blocks, first_f16)
+        validate_f16_fields(GgmlType::IQ2_S, blocks, &[0])
     }
 }

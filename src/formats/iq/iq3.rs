@@ -5,10 +5,9 @@ use super::neighbours;
 use super::search::{Again, Scan, Sub, Trials, search};
 use super::signs::{apply, apply_even, largest, split_even_signs, split_signs};
 use super::util::{
-    c_max, decode_blocks, each_block, f16_at, f16_bytes, first_f16, importance, scale_index, sub, sum_of_squares,
-    u32_at, validate_scales,
+    c_max, decode_blocks, each_block, f16_at, f16_bytes, importance, scale_index, sub, sum_of_squares, u32_at,
 };
-use crate::formats::{BlockFormat, FormatError};
+use crate::formats::{BlockFormat, FormatError, validate_f16_fields};
 use crate::gguf::GgmlType;
 
 /// Sub-blocks of IQ3_XXS whose largest magnitude is less than this are zero (`GROUP_MAX_EPS_IQ3_XXS`).
@@ -99,7 +98,7 @@ impl BlockFormat for Iq3Xxs {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_scales(GgmlType::IQ3_XXS, blocks, first_f16)
+        validate_f16_fields(GgmlType::IQ3_XXS, blocks, &[0])
     }
 }
 
@@ -181,6 +180,6 @@ impl BlockFormat for Iq3S {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_scales(GgmlType::IQ3_S, blocks, first_f16)
+        validate_f16_fields(GgmlType::IQ3_S, blocks, &[0])
     }
 }

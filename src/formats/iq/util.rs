@@ -1,26 +1,13 @@
 //! Small pieces that the codebook encoders share: rounding, f16 bytes, weights of a sub-block, sub-block scales.
 
-use crate::formats::FormatError;
-pub(crate) use crate::formats::search::nearest_int;
+pub(crate) use crate::formats::search::{f16_at, f16_bytes, nearest_int};
+use crate::formats::{FormatError, check_decode, check_encode};
 use crate::gguf::GgmlType;
 
 /// `MAX(a, b)` of C, which is not `f32::max` for NaN and signed zeros.
 #[inline]
 pub fn c_max(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
-}
-
-/// `GGML_FP32_TO_FP16` as little-endian bytes: infinity if too large, a NaN becomes sign | 0x7E00.
-pub fn f16_bytes(v: f32) -> [u8; 2] {
-    if v.is_nan() {
-        return ((v.to_bits() >> 16) as u16 & 0x8000 | 0x7e00).to_le_bytes();
-    }
-    half::f16::from_f32(v).to_le_bytes()
-}
-
-/// The f16 at byte offset `at`, as f32.
-pub fn f16_at(block: &[u8], at: usize) -> f32 {
-    half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 /// The u32 at byte offset `at`.
@@ -59,9 +46,7 @@ pub fn each_block(
     mut block: impl FnMut(&[f32; 256], Option<&[f32; 256]>, &mut [u8]) -> Result<(), FormatError>,
 ) -> Result<(), FormatError> {
     let size = ty.block_bytes();
-    assert_eq!(ty.row_bytes(rows.len() as u64), Some(out.len() as u64), "{ty}: bytes for {} elements", rows.len());
-    assert!(n_per_row > 0 && n_per_row.is_multiple_of(256) && rows.len().is_multiple_of(n_per_row), "whole rows");
-    assert!(weights.is_none_or(|w| w.len() == n_per_row), "one weight per column");
+    check_encode(ty, rows, n_per_row, weights, out);
     let out_rows = out.chunks_exact_mut(n_per_row / 256 * size);
     for (row, out) in rows.chunks_exact(n_per_row).zip(out_rows) {
         for (i, (x, out)) in row.as_chunks::<256>().0.iter().zip(out.chunks_exact_mut(size)).enumerate() {
@@ -74,7 +59,7 @@ pub fn each_block(
 
 /// Decodes every block with `block(bytes, out)`.
 pub fn decode_blocks(ty: GgmlType, blocks: &[u8], out: &mut [f32], mut block: impl FnMut(&[u8], &mut [f32; 256])) {
-    assert_eq!(ty.row_bytes(out.len() as u64), Some(blocks.len() as u64), "{ty}: bytes for {} elements", out.len());
+    check_decode(ty, blocks, out);
     for (b, y) in blocks.chunks_exact(ty.block_bytes()).zip(out.as_chunks_mut::<256>().0) {
         block(b, y);
     }
@@ -87,9 +72,4 @@ pub fn validate_scales(ty: GgmlType, blocks: &[u8], d: impl Fn(&[u8]) -> u16) ->
         Some(block) => Err(FormatError::BadScale { block }),
         None => Ok(()),
     }
-}
-
-/// The f16 bits at the start of a block.
-pub fn first_f16(block: &[u8]) -> u16 {
-    u16::from_le_bytes([block[0], block[1]])
 }

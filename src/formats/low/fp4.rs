@@ -2,8 +2,7 @@
 //!
 //! ggml keeps the E2M1 values doubled, as integers, and halves the scale instead.
 
-use super::check_lengths;
-use crate::formats::{BlockFormat, FormatError};
+use crate::formats::{BlockFormat, FormatError, check_decode, check_encode};
 use crate::gguf::GgmlType;
 
 /// Twice the E2M1 values (`kvalues_fp4`, ggml-common.h).
@@ -69,7 +68,7 @@ impl BlockFormat for Mxfp4 {
 
     /// `dequantize_row_mxfp4`.
     fn decode(&self, blocks: &[u8], out: &mut [f32]) {
-        check_lengths(GgmlType::MXFP4, out.len(), blocks.len());
+        check_decode(GgmlType::MXFP4, blocks, out);
         for (b, y) in blocks.chunks_exact(17).zip(out.chunks_exact_mut(32)) {
             decode_nibbles(&b[1..], e8m0_half(b[0]), y);
         }
@@ -77,8 +76,8 @@ impl BlockFormat for Mxfp4 {
 
     /// `quantize_row_mxfp4_ref`: the exponent of max |x| less 2, wrapped to a byte, then the nearest of the 16 values,
     /// the lowest code of equals.
-    fn encode(&self, rows: &[f32], _n: usize, _w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
-        check_lengths(GgmlType::MXFP4, rows.len(), out.len());
+    fn encode(&self, rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
+        check_encode(GgmlType::MXFP4, rows, n, w, out);
         for (x, b) in rows.as_chunks::<32>().0.iter().zip(out.chunks_exact_mut(17)) {
             let amax = super::abs_max(x);
             let e = if amax > 0.0 { (floor_log2(amax) - 2 + 127) as u8 } else { 0 };
@@ -125,7 +124,7 @@ impl BlockFormat for Nvfp4 {
 
     /// `dequantize_row_nvfp4`.
     fn decode(&self, blocks: &[u8], out: &mut [f32]) {
-        check_lengths(GgmlType::NVFP4, out.len(), blocks.len());
+        check_decode(GgmlType::NVFP4, blocks, out);
         for (b, y) in blocks.chunks_exact(36).zip(out.chunks_exact_mut(64)) {
             for (s, y) in y.chunks_exact_mut(16).enumerate() {
                 decode_nibbles(&b[4 + 8 * s..][..8], ue4m3_half(b[s]), y);

@@ -3,8 +3,9 @@
 //! Both store `round(x / max|x|) + 1`. TQ1_0 writes a byte as a fixed-point fraction of 256: the trits are the base-3
 //! digits of `q/243`, so a decoder multiplies by a power of three and takes the top digit.
 
-use super::{abs_max, check_lengths, f16_bytes, scale_at, validate_f16};
-use crate::formats::{BlockFormat, FormatError};
+use super::abs_max;
+use crate::formats::search::{f16_at, f16_bytes};
+use crate::formats::{BlockFormat, FormatError, check_decode, check_encode, validate_f16_fields};
 use crate::gguf::GgmlType;
 
 /// `lroundf(v) + 1` for |v| < 1.5; C converts a NaN or infinity (d subnormal, 1/d infinite) to a long whose low word
@@ -40,9 +41,9 @@ impl BlockFormat for Tq1_0 {
 
     /// `dequantize_row_tq1_0`.
     fn decode(&self, blocks: &[u8], out: &mut [f32]) {
-        check_lengths(GgmlType::TQ1_0, out.len(), blocks.len());
+        check_decode(GgmlType::TQ1_0, blocks, out);
         for (b, y) in blocks.chunks_exact(54).zip(out.chunks_exact_mut(256)) {
-            let d = scale_at(b, 52);
+            let d = f16_at(b, 52);
             for (at, first, bytes, trits) in TQ1_RUNS {
                 let mut pow3 = 1u8;
                 for n in 0..trits {
@@ -58,8 +59,8 @@ impl BlockFormat for Tq1_0 {
     }
 
     /// `quantize_row_tq1_0_ref`.
-    fn encode(&self, rows: &[f32], _n: usize, _w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
-        check_lengths(GgmlType::TQ1_0, rows.len(), out.len());
+    fn encode(&self, rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
+        check_encode(GgmlType::TQ1_0, rows, n, w, out);
         for (x, b) in rows.chunks_exact(256).zip(out.chunks_exact_mut(54)) {
             let (d, id) = scales(x);
             for (at, first, bytes, trits) in TQ1_RUNS {
@@ -76,7 +77,7 @@ impl BlockFormat for Tq1_0 {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_f16(blocks, 54, 52)
+        validate_f16_fields(self.ggml_type(), blocks, &[52])
     }
 }
 
@@ -91,9 +92,9 @@ impl BlockFormat for Tq2_0 {
 
     /// `dequantize_row_tq2_0`; code 3, which no encoder writes, is 2.
     fn decode(&self, blocks: &[u8], out: &mut [f32]) {
-        check_lengths(GgmlType::TQ2_0, out.len(), blocks.len());
+        check_decode(GgmlType::TQ2_0, blocks, out);
         for (b, y) in blocks.chunks_exact(66).zip(out.chunks_exact_mut(256)) {
-            let d = scale_at(b, 64);
+            let d = f16_at(b, 64);
             for (y, qs) in y.chunks_exact_mut(128).zip(b.chunks_exact(32)) {
                 for (n, y) in y.chunks_exact_mut(32).enumerate() {
                     for (y, &q) in y.iter_mut().zip(qs) {
@@ -105,8 +106,8 @@ impl BlockFormat for Tq2_0 {
     }
 
     /// `quantize_row_tq2_0_ref`.
-    fn encode(&self, rows: &[f32], _n: usize, _w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
-        check_lengths(GgmlType::TQ2_0, rows.len(), out.len());
+    fn encode(&self, rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
+        check_encode(GgmlType::TQ2_0, rows, n, w, out);
         for (x, b) in rows.chunks_exact(256).zip(out.chunks_exact_mut(66)) {
             let (d, id) = scales(x);
             for (x, qs) in x.chunks_exact(128).zip(b.chunks_exact_mut(32)) {
@@ -120,6 +121,6 @@ impl BlockFormat for Tq2_0 {
     }
 
     fn validate(&self, blocks: &[u8]) -> Result<(), FormatError> {
-        validate_f16(blocks, 66, 64)
+        validate_f16_fields(self.ggml_type(), blocks, &[64])
     }
 }
