@@ -82,6 +82,10 @@ pub fn run(mut run: Run) -> Result<Done, ConvertError> {
     let (overflows, hashes) = std::thread::scope(|scope| {
         let hasher = digests.then(|| hash::Hasher::start(scope, files));
         let overflows = work::run(&run, &out, &pool, hasher.as_ref())?;
+        if hasher.is_some() {
+            // the disk has work while the digests are finished; the header follows and is synced below
+            out.sync()?;
+        }
         Ok::<_, ConvertError>((overflows, hasher.map(hash::Hasher::finish)))
     })?;
     stop_if_interrupted()?;
