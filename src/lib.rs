@@ -32,6 +32,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod convert;
 pub mod formats;
+pub mod forward;
 pub mod gguf;
 pub mod mapped;
 pub mod plan;

@@ -1,5 +1,7 @@
 //! Goldens: what the reference wrote, as JSON (`goldens/*.json` of the shared folder, made by its `tools/make-goldens.py`).
 
+#[allow(dead_code)]
+pub mod npz;
 pub mod program;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,85 @@
+//! Products of activations and weights, cut into tiles of a fixed size.
+//!
+//! The tiles depend on the shapes alone, never on the number of threads: every result is then the same for any number.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+/// Rows (tokens) and columns (outputs) of a tile.
+const TILE: (usize, usize) = (512, 640);
+
+/// `out = a · bᵀ`: `a` is `[m, k]`, `b` is `[n, k]`, `out` is `[m, n]`, all row-major. Threads of the current pool share it.
+pub fn product(a: &[f32], b: &[f32], k: usize, out: &mut [f32]) {
+    let (m, n) = (a.len() / k, b.len() / k);
+    assert!(a.len() == m * k && b.len() == n * k && out.len() == m * n, "shapes of a product");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, n, k));
+    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    let mut tiles = Vec::new();
+    let mut rest = out;
+    for (row, rows) in pieces(m, TILE.0) {
+        let (mut band, below) = rest.split_at_row_mut(rows);
+        rest = below;
+        for (column, columns) in pieces(n, TILE.1) {
+            let (tile, right) = band.split_at_col_mut(columns);
+            band = right;
+            tiles.push((row, column, tile));
+        }
+    }
+    tiles.into_par_iter().for_each(|(row, column, tile)| {
+        let a = a.subrows(row, tile.nrows());
+        let b = b.subrows(column, tile.ncols());
+        times(tile, a, b.transpose(), 1.0);
+    });
+}
+
+/// Start and length of near-equal pieces of at most `most`.
+fn pieces(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = n.div_ceil(most);
+    (0..count).map(move |i| (i * n / count, (i + 1) * n / count - i * n / count))
+}
+
+/// `out = alpha · a · b` on this thread. Not generic: the library's code is compiled once.
+#[inline(never)]
+pub fn times(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, alpha: f32) {
+    matmul(out, Accum::Replace, a, b, alpha, Par::Seq);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_to_the_textbook_at_odd_shapes() {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (513, 641, 33), (0, 4, 2), (700, 1300, 5)] {
+            let a: Vec<f32> = (0..m * k).map(|i| (i % 13) as f32 - 6.0).collect();
+            let b: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32 - 5.0).collect();
+            let mut out = vec![f32::NAN; m * n];
+            product(&a, &b, k, &mut out);
+            for i in (0..m).step_by(1 + m / 17) {
+                for j in 0..n {
+                    let want: f32 = (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum();
+                    assert_eq!(out[i * n + j], want, "{m} {n} {k} at {i} {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let (m, n, k) = (1030, 700, 576);
+        let a: Vec<f32> = (0..m * k).map(|i| ((i * 7919) % 1009) as f32 / 504.0 - 1.0).collect();
+        let b: Vec<f32> = (0..n * k).map(|i| ((i * 104_729) % 997) as f32 / 498.0 - 1.0).collect();
+        let run = |threads| {
+            let mut out = vec![0.0; m * n];
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| product(&a, &b, k, &mut out));
+            out
+        };
+        let one = run(1);
+        assert!(run(2) == one && run(5) == one);
+    }
+}

@@ -1,0 +1,299 @@
+//! One decoder layer: its weights as f32, and what it does to the residual stream of a batch of windows.
+//!
+//! Source: the graphs of llama.cpp b11434 (`src/models/*.cpp`, `build_moe_ffn`). Norms before a branch, after it, or both
+//! are told apart by the tensors that are there.
+
+use rayon::prelude::*;
+
+use super::attention::attend;
+use super::gemm::product;
+use super::model::Model;
+use super::rope::RopeTable;
+use super::rounding::{Activations, Rounding, to_f16};
+use super::spec::Activation;
+use super::{ForwardError, Observer, kernels};
+
+/// A weight matrix, dequantized.
+pub struct Linear {
+    /// GGUF name of the tensor that it is (part of).
+    pub name: String,
+    /// `[outputs, inputs]`.
+    pub weight: Vec<f32>,
+    pub inputs: usize,
+    pub bias: Option<Vec<f32>>,
+    /// Of its input.
+    pub rounding: Rounding,
+}
+
+impl Linear {
+    /// Outputs.
+    pub fn outputs(&self) -> usize {
+        self.weight.len() / self.inputs
+    }
+
+    /// `out = x Wᵀ + b`; `x` is `[tokens, inputs]`.
+    fn run(&self, x: &mut Input<'_>, out: &mut Vec<f32>) {
+        let tokens = x.x.len() / self.inputs;
+        out.resize(tokens * self.outputs(), 0.0);
+        product(x.rounded(self.rounding, self.inputs), &self.weight, self.inputs, out);
+        if let Some(bias) = &self.bias {
+            out.par_chunks_mut(self.outputs()).for_each(|row| kernels::add(row, bias));
+        }
+    }
+}
+
+/// The input of some linears, rounded once for all that want it rounded alike.
+struct Input<'a> {
+    x: &'a [f32],
+    rounded: &'a mut Vec<f32>,
+    rounding: Rounding,
+}
+
+impl<'a> Input<'a> {
+    fn new(x: &'a [f32], rounded: &'a mut Vec<f32>) -> Input<'a> {
+        Input { x, rounded, rounding: Rounding::None }
+    }
+
+    fn rounded(&mut self, rounding: Rounding, columns: usize) -> &[f32] {
+        if rounding == Rounding::None {
+            return self.x;
+        }
+        if self.rounding != rounding {
+            self.rounded.clear();
+            self.rounded.extend_from_slice(self.x);
+            rounding.apply(self.rounded, columns);
+            self.rounding = rounding;
+        }
+        self.rounded
+    }
+}
+
+/// The feed-forward branch.
+pub enum FeedForward {
+    Dense { gate: Linear, up: Linear, down: Linear },
+    /// Experts are loaded when their turn comes.
+    Experts { router: Linear },
+}
+
+/// Weights of a layer.
+pub struct Layer {
+    pub index: usize,
+    pub attn_norm: Option<Vec<f32>>,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub attn_post_norm: Option<Vec<f32>>,
+    pub ffn_norm: Option<Vec<f32>>,
+    pub ffn: FeedForward,
+    pub ffn_post_norm: Option<Vec<f32>>,
+}
+
+/// Buffers of a layer's run, `[tokens, ...]`, kept from layer to layer.
+#[derive(Default)]
+pub struct Scratch {
+    normed: Vec<f32>,
+    rounded: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    branch: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+}
+
+/// What a run needs beside the weights.
+pub struct Pass<'a> {
+    pub model: &'a Model<'a>,
+    pub rope: &'a RopeTable,
+    pub window_rope: &'a RopeTable,
+    pub activations: Activations,
+    /// Tokens of a window.
+    pub length: usize,
+}
+
+/// RMSNorm of every row of `columns`, or of every head.
+fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
+    out.resize(x.len(), 0.0);
+    let n = weight.len();
+    out.par_chunks_mut(n * 16).zip(x.par_chunks(n * 16)).for_each(|(out, x)| {
+        for (o, x) in out.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
+            kernels::rms_norm(x, weight, eps, o);
+        }
+    });
+}
+
+impl Layer {
+    /// Runs the layer: `x` is `[tokens, embed]`, whole windows.
+    pub fn run(
+        &self,
+        pass: &Pass<'_>,
+        x: &mut [f32],
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        self.attention(pass, x, s, observer)?;
+        self.add_branch(pass, x, s, &self.attn_post_norm);
+        self.feed_forward(pass, x, s, observer)?;
+        self.add_branch(pass, x, s, &self.ffn_post_norm);
+        Ok(())
+    }
+
+    /// `x += scale · norm(branch)`.
+    fn add_branch(&self, pass: &Pass<'_>, x: &mut [f32], s: &mut Scratch, norm: &Option<Vec<f32>>) {
+        let spec = &pass.model.spec;
+        let branch = match norm {
+            Some(w) => {
+                norm_rows(&s.branch, w, spec.rms_eps, &mut s.normed);
+                &s.normed
+            }
+            None => &s.branch,
+        };
+        let n = spec.embed * 16;
+        x.par_chunks_mut(n).zip(branch.par_chunks(n)).for_each(|(x, b)| {
+            if spec.residual_scale == 1.0 {
+                kernels::add(x, b);
+            } else {
+                kernels::add_scaled(x, b, spec.residual_scale);
+            }
+        });
+    }
+
+    fn attention(
+        &self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        let spec = &pass.model.spec;
+        let input = pre_norm(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
+        observer.input(&[&self.q.name, &self.k.name, &self.v.name], None, input)?;
+        let mut input = Input::new(input, &mut s.rounded);
+        self.q.run(&mut input, &mut s.q);
+        self.k.run(&mut input, &mut s.k);
+        self.v.run(&mut input, &mut s.v);
+        let window = spec.window_of(self.index);
+        let rope = spec.has_rope(self.index).then_some(if window.is_some() { pass.window_rope } else { pass.rope });
+        let finish = |heads: &mut [f32], norm: &Option<Vec<f32>>, width: usize| {
+            heads.par_chunks_mut(width).enumerate().for_each_init(Vec::new, |normed: &mut Vec<f32>, (t, row)| {
+                if let Some(w) = norm {
+                    // per head (Qwen 3), or over all heads (OLMo 2)
+                    normed.resize(row.len(), 0.0);
+                    for (x, o) in row.chunks_exact(w.len()).zip(normed.chunks_exact_mut(w.len())) {
+                        kernels::rms_norm(x, w, spec.rms_eps, o);
+                    }
+                    row.copy_from_slice(normed);
+                }
+                if let Some(rope) = rope {
+                    rope.apply(row, spec.head_dim, t % pass.length);
+                }
+                if pass.activations == Activations::Ggml {
+                    to_f16(row);
+                }
+            });
+        };
+        finish(&mut s.q, &self.q_norm, self.q.outputs());
+        finish(&mut s.k, &self.k_norm, self.k.outputs());
+        if pass.activations == Activations::Ggml {
+            s.v.par_chunks_mut(self.v.outputs()).for_each(to_f16);
+        }
+        s.attended.resize(s.q.len(), 0.0);
+        attend(spec, &s.q, &s.k, &s.v, pass.length, window, &mut s.attended);
+        observer.input(&[&self.o.name], None, &s.attended)?;
+        self.o.run(&mut Input::new(&s.attended, &mut s.rounded), &mut s.branch);
+        Ok(())
+    }
+
+    fn feed_forward(
+        &self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        let spec = &pass.model.spec;
+        let input = pre_norm(x, &self.ffn_norm, spec.rms_eps, &mut s.normed);
+        match &self.ffn {
+            FeedForward::Dense { gate, up, down } => {
+                observer.input(&[&gate.name, &up.name], None, input)?;
+                let mut input = Input::new(input, &mut s.rounded);
+                gate.run(&mut input, &mut s.gate);
+                up.run(&mut input, &mut s.up);
+                activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
+                observer.input(&[&down.name], None, &s.gate)?;
+                down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut s.branch);
+            }
+            FeedForward::Experts { router } => {
+                router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
+                let chosen = route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale);
+                s.branch.clear();
+                s.branch.resize(x.len(), 0.0);
+                let (mut rows, mut out) = (Vec::new(), Vec::new());
+                for e in 0..spec.experts {
+                    let mine: Vec<(usize, f32)> = chosen
+                        .chunks_exact(spec.experts_used)
+                        .enumerate()
+                        .filter_map(|(t, c)| c.iter().find(|(i, _)| *i == e).map(|(_, w)| (t, *w)))
+                        .collect();
+                    if mine.is_empty() {
+                        continue;
+                    }
+                    let [gate, up, down] = pass.model.expert(self.index, e, pass.activations)?;
+                    rows.clear();
+                    for &(t, _) in &mine {
+                        rows.extend_from_slice(&input[t * spec.embed..(t + 1) * spec.embed]);
+                    }
+                    observer.input(&[&gate.name, &up.name], Some((e, spec.experts)), &rows)?;
+                    let mut input = Input::new(&rows, &mut s.rounded);
+                    gate.run(&mut input, &mut s.gate);
+                    up.run(&mut input, &mut s.up);
+                    activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
+                    observer.input(&[&down.name], Some((e, spec.experts)), &s.gate)?;
+                    down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut out);
+                    for (row, &(t, w)) in out.chunks_exact(spec.embed).zip(&mine) {
+                        kernels::add_scaled(&mut s.branch[t * spec.embed..(t + 1) * spec.embed], row, w);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The input of a branch: normed, or the stream itself where the norm comes after.
+fn pre_norm<'a>(x: &'a [f32], norm: &Option<Vec<f32>>, eps: f32, normed: &'a mut Vec<f32>) -> &'a [f32] {
+    match norm {
+        Some(w) => {
+            norm_rows(x, w, eps, normed);
+            normed
+        }
+        None => x,
+    }
+}
+
+fn activate(activation: Activation, gate: &mut [f32], up: &[f32], columns: usize) {
+    let n = columns * 8;
+    gate.par_chunks_mut(n).zip(up.par_chunks(n)).for_each(|(g, u)| match activation {
+        Activation::Silu => kernels::silu_mul(g, u),
+        Activation::Gelu => kernels::gelu_mul(g, u),
+    });
+}
+
+/// Experts and weights of every token: softmax over all, the largest, normalised (`build_moe_ffn`).
+fn route(logits: &[f32], experts: usize, used: usize, scale: f32) -> Vec<(usize, f32)> {
+    let mut chosen = Vec::with_capacity(logits.len() / experts * used);
+    for row in logits.chunks_exact(experts) {
+        let mut p = row.to_vec();
+        kernels::softmax(&mut p);
+        let mut order: Vec<usize> = (0..experts).collect();
+        order.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
+        let sum: f32 = order[..used].iter().map(|&e| p[e]).sum();
+        let sum = sum.max(6.103_515_6e-5);
+        chosen.extend(order[..used].iter().map(|&e| (e, p[e] / sum * scale)));
+    }
+    chosen
+}

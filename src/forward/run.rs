@@ -1,0 +1,218 @@
+//! Running a model over windows of text: hidden states of all windows in memory or in a scratch file, one layer of weights
+//! at a time.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use super::gemm::product;
+use super::layer::{Pass, Scratch};
+use super::rope::RopeTable;
+use super::rounding::{Activations, Rounding};
+use super::{ForwardError, Model, Observer, kernels};
+
+/// The residual stream of every token, `[tokens, embed]`.
+pub enum Hidden {
+    Memory(Vec<f32>),
+    /// In a file, native byte order.
+    File { file: File, path: PathBuf },
+}
+
+impl Hidden {
+    /// In a file at `path`, created or opened, `bytes` long.
+    pub fn in_file(path: &Path, bytes: u64) -> Result<Hidden, ForwardError> {
+        let io = |source| ForwardError::Io { file: path.to_path_buf(), source };
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        file.set_len(bytes).map_err(io)?;
+        Ok(Hidden::File { file, path: path.to_path_buf() })
+    }
+
+    /// Values from `at` on.
+    pub fn read(&self, at: usize, out: &mut [f32]) -> Result<(), ForwardError> {
+        match self {
+            Hidden::Memory(v) => out.copy_from_slice(&v[at..at + out.len()]),
+            Hidden::File { file, path } => file
+                .read_exact_at(bytemuck::cast_slice_mut(out), at as u64 * 4)
+                .map_err(|source| ForwardError::Io { file: path.clone(), source })?,
+        }
+        Ok(())
+    }
+
+    /// Overwrites values from `at` on.
+    pub fn write(&mut self, at: usize, values: &[f32]) -> Result<(), ForwardError> {
+        match self {
+            Hidden::Memory(v) => v[at..at + values.len()].copy_from_slice(values),
+            Hidden::File { file, path } => file
+                .write_all_at(bytemuck::cast_slice(values), at as u64 * 4)
+                .map_err(|source| ForwardError::Io { file: path.clone(), source })?,
+        }
+        Ok(())
+    }
+}
+
+/// A model set up for windows of one length.
+pub struct Runner<'a> {
+    pub model: &'a Model<'a>,
+    activations: Activations,
+    /// Tokens of a window.
+    pub length: usize,
+    rope: RopeTable,
+    window_rope: RopeTable,
+    scratch: Scratch,
+}
+
+impl<'a> Runner<'a> {
+    /// `length`: tokens of a window.
+    pub fn new(model: &'a Model<'a>, length: usize, activations: Activations) -> Result<Runner<'a>, ForwardError> {
+        let (rope, window_rope) = model.rope_tables(length)?;
+        Ok(Runner { model, activations, length, rope, window_rope, scratch: Scratch::default() })
+    }
+
+    /// Bytes that a batch of `tokens` needs beside the weights: the stream and every buffer of [`Scratch`].
+    pub fn batch_bytes(model: &Model<'_>, tokens: usize) -> u64 {
+        let s = &model.spec;
+        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let ff = model.feed_forward();
+        let rounded = q.max(ff).max(s.embed);
+        (3 * s.embed + 2 * q + 2 * kv + 2 * ff + rounded) as u64 * 4 * tokens as u64
+    }
+
+    /// Embeds all `tokens` into `hidden`.
+    pub fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<(), ForwardError> {
+        let n = self.model.spec.embed;
+        let mut rows = Vec::new();
+        for (i, tokens) in tokens.chunks(4096).enumerate() {
+            rows.resize(tokens.len() * n, 0.0);
+            self.model.embed(tokens, &mut rows)?;
+            hidden.write(i * 4096 * n, &rows)?;
+        }
+        Ok(())
+    }
+
+    /// Runs layer `l` over `tokens` tokens of `hidden` in place, `batch` windows at a time.
+    pub fn layer(
+        &mut self,
+        l: usize,
+        hidden: &mut Hidden,
+        tokens: usize,
+        batch: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        let layer = self.model.layer(l, self.activations)?;
+        let n = self.model.spec.embed;
+        let step = batch.max(1) * self.length;
+        let mut x = Vec::new();
+        for at in (0..tokens).step_by(step) {
+            if crate::convert::INTERRUPTED.load(Ordering::Relaxed) {
+                return Err(ForwardError::Interrupted);
+            }
+            let here = step.min(tokens - at);
+            x.resize(here * n, 0.0);
+            hidden.read(at * n, &mut x)?;
+            let pass = Pass {
+                model: self.model,
+                rope: &self.rope,
+                window_rope: &self.window_rope,
+                activations: self.activations,
+                length: self.length,
+            };
+            layer.run(&pass, &mut x, &mut self.scratch, observer)?;
+            if !kernels::all_finite(&x) {
+                let i = x.iter().position(|v| !v.is_finite()).unwrap_or(0);
+                let (token, column) = (at + i / n, i % n);
+                return Err(ForwardError::NotFinite { layer: l, token, column, value: x[i] }
+                    .of(self.model.path()));
+            }
+            hidden.write(at * n, &x)?;
+        }
+        Ok(())
+    }
+
+    /// The final norm of rows of the stream, in place.
+    pub fn final_norm(&self, norm: &[f32], x: &mut [f32]) {
+        let n = self.model.spec.embed;
+        let mut out = vec![0.0; n];
+        for row in x.chunks_exact_mut(n) {
+            kernels::rms_norm(row, norm, self.model.spec.rms_eps, &mut out);
+            row.copy_from_slice(&out);
+        }
+    }
+}
+
+/// The head, a part of its rows in memory at a time.
+pub struct Head<'a> {
+    model: &'a Model<'a>,
+    norm: Vec<f32>,
+    rounding: Rounding,
+    /// Rows `first..` of the head as f32.
+    rows: Vec<f32>,
+    first: usize,
+    /// Rows that are kept.
+    most: usize,
+}
+
+impl<'a> Head<'a> {
+    /// `bytes`: what its rows may take in memory.
+    pub fn new(model: &'a Model<'a>, activations: Activations, bytes: u64) -> Result<Head<'a>, ForwardError> {
+        let most = (bytes / (model.spec.embed as u64 * 4)).clamp(1, model.vocab as u64) as usize;
+        let rounding = Rounding::of(model.head_type(), activations);
+        Ok(Head { model, norm: model.output_norm()?, rounding, rows: Vec::new(), first: 0, most })
+    }
+
+    /// Logits `[rows, vocab]` of rows of the stream (`[rows, embed]`, changed). `observer` sees the head's input.
+    pub fn logits(
+        &mut self,
+        x: &mut [f32],
+        logits: &mut Vec<f32>,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        use rayon::prelude::*;
+        let s = &self.model.spec;
+        let (n, vocab) = (s.embed, self.model.vocab);
+        let count = x.len() / n;
+        x.par_chunks_mut(n).for_each_init(
+            || vec![0.0; n],
+            |out, row| {
+                kernels::rms_norm(row, &self.norm, s.rms_eps, out);
+                row.copy_from_slice(out);
+            },
+        );
+        observer.input(&[self.model.head_name()], None, x)?;
+        self.rounding.apply(x, n);
+        logits.resize(count * vocab, 0.0);
+        if self.most >= vocab {
+            if self.rows.is_empty() {
+                self.rows.resize(vocab * n, 0.0);
+                self.model.head_rows(0, vocab, &mut self.rows)?;
+            }
+            product(x, &self.rows, n, logits);
+        } else {
+            let mut part = Vec::new();
+            for from in (0..vocab).step_by(self.most) {
+                let to = (from + self.most).min(vocab);
+                self.rows.resize((to - from) * n, 0.0);
+                self.model.head_rows(from, to, &mut self.rows)?;
+                self.first = from;
+                part.resize(count * (to - from), 0.0);
+                product(x, &self.rows, n, &mut part);
+                logits
+                    .par_chunks_mut(vocab)
+                    .zip(part.par_chunks(to - from))
+                    .for_each(|(row, part)| row[from..to].copy_from_slice(part));
+            }
+        }
+        if s.logit_scale != 1.0 || s.final_soft_cap.is_some() {
+            logits.par_chunks_mut(vocab).for_each(|row| {
+                if s.logit_scale != 1.0 {
+                    kernels::scale(row, s.logit_scale);
+                }
+                if let Some(cap) = s.final_soft_cap {
+                    kernels::soft_cap(row, cap);
+                }
+            });
+        }
+        Ok(())
+    }
+}
