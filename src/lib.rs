@@ -33,6 +33,7 @@ pub mod cli;
 pub mod convert;
 pub mod formats;
 pub mod gguf;
+pub mod linalg;
 pub mod mapped;
 pub mod plan;
 pub mod source;
