@@ -38,3 +38,4 @@ pub mod mapped;
 pub mod plan;
 pub mod source;
 pub mod tokenizer;
+pub mod transform;

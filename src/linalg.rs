@@ -20,9 +20,9 @@ const TILE: usize = 256;
 /// Tokens whose products are summed in f32 before the sum goes to f64 ([`syrk_packed`]).
 pub const F32_RUN: usize = 512;
 
-/// A matrix that has no Cholesky factor.
+/// A matrix that cannot be factored.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum CholeskyError {
+pub enum LinalgError {
     /// The leading minor up to `pivot` has a determinant of zero or below.
     #[error(
         "the {n}x{n} matrix is not positive definite: pivot {pivot} is not above zero; \
@@ -32,6 +32,9 @@ pub enum CholeskyError {
     /// An element of the lower triangle is NaN or infinite.
     #[error("the {n}x{n} matrix holds {value} at row {row}, column {column}")]
     NotFinite { n: usize, row: usize, column: usize, value: f64 },
+    /// The iteration for eigenvalues did not end.
+    #[error("no eigenvalues were found for the {n}x{n} matrix")]
+    NoConvergence { n: usize },
 }
 
 /// Whether work may be spread over rayon's current pool.
@@ -180,20 +183,16 @@ fn bands(h: &mut [f64], x: MatRef<'_, f32>, from: usize, to: usize, par: bool) {
 ///
 /// With [`Par::Seq`] the bits do not depend on the number of threads.
 #[inline(never)]
-pub fn cholesky(a: &mut [f64], n: usize, par: Par) -> Result<f64, CholeskyError> {
+pub fn cholesky(a: &mut [f64], n: usize, par: Par) -> Result<f64, LinalgError> {
     assert!(a.len() == n * n, "{n}x{n}");
-    for row in 0..n {
-        if let Some(column) = a[row * n..][..=row].iter().position(|v| !v.is_finite()) {
-            return Err(CholeskyError::NotFinite { n, row, column, value: a[row * n + column] });
-        }
-    }
+    finite(a, n)?;
     // faer is fast where columns are contiguous: work on the transpose, whose lower triangle is our upper one
     mirror(a, n);
     let mut memory = faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, par, Default::default()));
     let stack = faer::dyn_stack::MemStack::new(&mut memory);
     let view = MatMut::from_column_major_slice_mut(&mut *a, n, n);
     cholesky_in_place(view, Default::default(), par, stack, Default::default())
-        .map_err(|LltError::NonPositivePivot { index }| CholeskyError::NotPositiveDefinite { n, pivot: index })?;
+        .map_err(|LltError::NonPositivePivot { index }| LinalgError::NotPositiveDefinite { n, pivot: index })?;
     let mut log_det = 0.0;
     for row in 0..n {
         for column in 0..row {
@@ -202,11 +201,40 @@ pub fn cholesky(a: &mut [f64], n: usize, par: Par) -> Result<f64, CholeskyError>
         }
         let pivot = a[row * n + row];
         if !(pivot.is_finite() && pivot > 0.0) {
-            return Err(CholeskyError::NotPositiveDefinite { n, pivot: row });
+            return Err(LinalgError::NotPositiveDefinite { n, pivot: row });
         }
         log_det += 2.0 * pivot.ln();
     }
     Ok(log_det)
+}
+
+/// Eigenvalues, ascending, and eigenvectors of the symmetric `a` \[n, n\] (its lower triangle is read): the vector of value
+/// `i` is `vectors[i * n..][..n]`.
+#[inline(never)]
+pub fn eigen(a: &[f64], n: usize, par: Par) -> Result<(Vec<f64>, Vec<f64>), LinalgError> {
+    use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
+    assert!(a.len() == n * n, "{n}x{n}");
+    finite(a, n)?;
+    let (mut values, mut vectors) = (vec![0.0; n], vec![0.0; n * n]);
+    let scratch = self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::Yes, par, Default::default());
+    let mut memory = faer::dyn_stack::MemBuffer::new(scratch);
+    let stack = faer::dyn_stack::MemStack::new(&mut memory);
+    let into = MatMut::from_column_major_slice_mut(&mut vectors, n, n);
+    let diagonal = faer::diag::DiagMut::from_slice_mut(&mut values);
+    let a = MatRef::from_row_major_slice(a, n, n);
+    self_adjoint_evd(a, diagonal, Some(into), par, stack, Default::default())
+        .map_err(|_| LinalgError::NoConvergence { n })?;
+    Ok((values, vectors))
+}
+
+/// The lower triangle holds numbers.
+fn finite(a: &[f64], n: usize) -> Result<(), LinalgError> {
+    for row in 0..n {
+        if let Some(column) = a[row * n..][..=row].iter().position(|v| !v.is_finite()) {
+            return Err(LinalgError::NotFinite { n, row, column, value: a[row * n + column] });
+        }
+    }
+    Ok(())
 }
 
 /// Copies the lower triangle of `a` \[n, n\] to the upper one.
@@ -240,9 +268,13 @@ mod tests {
         (0..m * n).map(|at| dot(at / n, at % n)).collect()
     }
 
-    /// Within the rounding of an f32 sum of `k` products of values below 1.
-    fn near(ours: f64, exact: f64, k: usize) -> bool {
-        (ours - exact).abs() <= (k as f64) * f64::from(f32::EPSILON)
+    fn abs(values: &[f32]) -> Vec<f32> {
+        values.iter().map(|v| v.abs()).collect()
+    }
+
+    /// Within the rounding of an f32 sum of `k` products in any order: k u Σ|ab|, u = eps / 2.
+    fn near(ours: f64, exact: f64, size: f64, k: usize) -> bool {
+        (ours - exact).abs() <= (k as f64) * f64::from(f32::EPSILON) / 2.0 * size
     }
 
     fn on_threads<T: Send>(n: usize, f: impl FnOnce() -> T + Send) -> T {
@@ -251,18 +283,21 @@ mod tests {
 
     #[test]
     fn products_are_right_and_the_same_for_any_number_of_threads() {
-        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (300, 17, 40), (17, 300, 40), (259, 770, 65), (513, 512, 3), (4, 0, 3)] {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (300, 17, 40), (17, 300, 40), (259, 770, 65), (513, 512, 3), (4, 0, 3)]
+        {
             let (a, b) = (values(m * k, 1), values(n * k, 2));
             let mut c = vec![f32::NAN; m * n];
             gemm(&mut c, &a, &b, (m, n, k), Par::Seq);
-            let exact = textbook(&a, &b, m, n, k);
-            assert!(c.iter().zip(&exact).all(|(c, e)| near((*c).into(), *e, k)), "{m}x{n}x{k}");
+            let (exact, size) = (textbook(&a, &b, m, n, k), textbook(&abs(&a), &abs(&b), m, n, k));
+            let fits = c.iter().zip(&exact).zip(&size).all(|((c, e), s)| near((*c).into(), *e, *s, k));
+            assert!(fits, "{m}x{n}x{k}");
             for threads in [2, 3] {
                 let mut again = vec![f32::NAN; m * n];
                 on_threads(threads, || gemm(&mut again, &a, &b, (m, n, k), all_threads()));
                 assert_eq!(c, again, "{m}x{n}x{k} on {threads} threads");
             }
-            let (a, b): (Vec<f64>, Vec<f64>) = (a.iter().map(|v| (*v).into()).collect(), b.iter().map(|v| (*v).into()).collect());
+            let (a, b): (Vec<f64>, Vec<f64>) =
+                (a.iter().map(|v| (*v).into()).collect(), b.iter().map(|v| (*v).into()).collect());
             let mut c = vec![f64::NAN; m * n];
             gemm_f64(&mut c, &a, &b, (m, n, k), all_threads());
             assert!(c.iter().zip(&exact).all(|(c, e)| (c - e).abs() < 1e-12), "f64 {m}x{n}x{k}");
@@ -274,7 +309,7 @@ mod tests {
         for (tokens, n) in [(1, 1), (5, 3), (40, 257), (1100, 70), (30, 600), (0, 4)] {
             let x = values(tokens * n, 3);
             let t: Vec<f32> = (0..n * tokens).map(|at| x[at % tokens.max(1) * n + at / tokens.max(1)]).collect();
-            let exact = textbook(&t, &t, n, n, tokens);
+            let (exact, size) = (textbook(&t, &t, n, n, tokens), textbook(&abs(&t), &abs(&t), n, n, tokens));
             let mut square = vec![0.5f32; n * n];
             let mut packed = vec![0.5f64; packed_len(n).unwrap()];
             syrk(&mut square, &x, tokens, n, Par::Seq);
@@ -285,8 +320,9 @@ mod tests {
                     assert_eq!(square[at], 0.5, "above the diagonal");
                     continue;
                 }
-                assert!(near(square[at].into(), exact[at] + 0.5, tokens + 1), "{tokens}x{n} at {i},{j}");
-                assert!(near(packed[i * (i + 1) / 2 + j], exact[at] + 0.5, F32_RUN), "{tokens}x{n} at {i},{j}");
+                let (exact, size) = (exact[at] + 0.5, size[at] + 0.5);
+                assert!(near(square[at].into(), exact, size, tokens + 1), "{tokens}x{n} at {i},{j}");
+                assert!(near(packed[i * (i + 1) / 2 + j], exact, size, F32_RUN), "{tokens}x{n} at {i},{j}");
             }
             let (mut again, mut packed_again) = (vec![0.5f32; n * n], vec![0.5f64; packed.len()]);
             on_threads(3, || {
@@ -331,9 +367,17 @@ mod tests {
     }
 
     #[test]
+    fn eigenvectors_come_with_their_values() {
+        // above the diagonal nothing is read
+        let (values, vectors) = eigen(&[2.0, f64::NAN, 1.0, 2.0], 2, Par::Seq).unwrap();
+        assert!((values[0] - 1.0).abs() < 1e-14 && (values[1] - 3.0).abs() < 1e-14, "{values:?}");
+        assert!((vectors[0] + vectors[1]).abs() < 1e-14 && (vectors[2] - vectors[3]).abs() < 1e-14, "{vectors:?}");
+    }
+
+    #[test]
     fn what_has_no_factor_is_named() {
         let mut a = [1.0, 0.0, 1.0, 1.0];
-        assert_eq!(cholesky(&mut a, 2, Par::Seq), Err(CholeskyError::NotPositiveDefinite { n: 2, pivot: 1 }));
+        assert_eq!(cholesky(&mut a, 2, Par::Seq), Err(LinalgError::NotPositiveDefinite { n: 2, pivot: 1 }));
         let mut a = [1.0, 0.0, f64::INFINITY, 1.0];
         let error = cholesky(&mut a, 2, Par::Seq).unwrap_err();
         assert_eq!(error.to_string(), "the 2x2 matrix holds inf at row 1, column 0");
