@@ -1,17 +1,16 @@
-//! Importance matrices: the GGUF files of `llama-imatrix` and the legacy `.dat` files.
+//! Importance matrices, as quantization uses them: a weight for every input column.
 //!
-//! Rules: `common/imatrix-loader.cpp` and `tools/quantize/quantize.cpp` (`prepare_imatrix`) of llama.cpp b11434. The
-//! weight of an input column is `in_sum2 / count` in f32, one row per expert; a count of 0 gives 1.0 throughout.
-//! An unreadable file is refused with its place; nothing is allocated by an unchecked number.
+//! Rules: `tools/quantize/quantize.cpp` (`prepare_imatrix`) of llama.cpp b11434. The weight of an input column is
+//! `in_sum2 / count` in f32, one row per expert; a count of 0 gives 1.0 throughout. What files hold is read by
+//! [`super::imatrix_sums`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use byteorder::{ByteOrder, LittleEndian};
 use sha2::{Digest, Sha256};
 
+use super::imatrix_sums::{ImatrixSums, Sums};
 use crate::checkpoint::CheckpointError;
-use crate::gguf::{self, Array, GgmlType, Header, Value};
 use crate::mapped::MappedFile;
 
 /// Importance of every input column, by tensor name.
@@ -30,20 +29,14 @@ impl Imatrix {
     /// Reads `path`, of either kind.
     pub fn load(path: &Path) -> Result<Imatrix, CheckpointError> {
         let file = MappedFile::open(path).map_err(|e| CheckpointError::io(path, e))?;
-        let bytes = file.bytes();
         let refuse = |why: String| CheckpointError::file(path, why);
-        let mut imatrix = if bytes.starts_with(b"GGUF") {
-            let header = gguf::read(bytes).map_err(|e| refuse(e.to_string()))?;
-            from_gguf(&header, bytes).map_err(refuse)?
-        } else {
-            from_legacy(bytes).map_err(|e| refuse(format!("neither GGUF nor a legacy imatrix: {e}")))?
-        };
+        let mut imatrix = Imatrix::from(ImatrixSums::parse(file.bytes()).map_err(refuse)?);
         for (name, values) in &imatrix.entries {
             if let Some(i) = values.iter().position(|v| !v.is_finite()) {
                 return Err(refuse(format!("entry `{name}` holds {} at column {i}", values[i])));
             }
         }
-        imatrix.sha256 = hex(&Sha256::digest(bytes));
+        imatrix.sha256 = hex(&Sha256::digest(file.bytes()));
         Ok(imatrix)
     }
 
@@ -56,153 +49,56 @@ impl Imatrix {
     }
 }
 
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+impl From<ImatrixSums> for Imatrix {
+    /// Means by column. The sha256 stays empty: it is that of a file.
+    fn from(sums: ImatrixSums) -> Imatrix {
+        let mean = if sums.legacy { legacy_mean } else { mean };
+        let entries = sums.entries.into_iter().map(|(name, s)| (name, mean(s))).collect();
+        Imatrix { entries, datasets: sums.datasets, chunks: sums.chunk_count, sha256: String::new() }
+    }
 }
 
-fn from_gguf(header: &Header, bytes: &[u8]) -> Result<Imatrix, String> {
-    let get = |key: &str| gguf::value::get(&header.metadata, key);
-    let mut out = Imatrix::default();
-    match get("imatrix.datasets") {
-        Some(Value::Array(Array::Str(list))) => {
-            out.datasets = list.iter().map(|s| String::from_utf8_lossy(s).into_owned()).collect();
-        }
-        Some(_) => return Err("key `imatrix.datasets` is not an array of strings".into()),
-        None => return Err("key `imatrix.datasets` is missing: not an imatrix".into()),
+fn mean(s: Sums) -> Vec<f32> {
+    let columns = s.in_sum2.len() / s.counts.len().max(1);
+    let mut values = Vec::with_capacity(s.in_sum2.len());
+    for (sums, &count) in s.in_sum2.chunks(columns.max(1)).zip(&s.counts) {
+        let count = count as f32;
+        values.extend(sums.iter().map(|&s| if count > 0.0 { s / count } else { 1.0 }));
     }
-    for key in ["imatrix.chunk_count", "imatrix.chunk_size"] {
-        match get(key) {
-            Some(Value::U32(n)) if key == "imatrix.chunk_count" => out.chunks = *n,
-            Some(Value::U32(_)) => {}
-            Some(_) => return Err(format!("key `{key}` is not a u32")),
-            None => return Err(format!("key `{key}` is missing: not an imatrix")),
-        }
-    }
-    type Floats<'a> = Option<(Vec<f32>, &'a [u64])>;
-    let floats = |name: &str| -> Result<Floats, String> {
-        let Some(t) = header.tensor(name) else { return Ok(None) };
-        if t.ty != GgmlType::F32 {
-            return Err(format!("tensor `{name}` is {}, not f32", t.ty));
-        }
-        let data = &bytes[t.offset as usize..(t.offset + t.bytes) as usize];
-        Ok(Some((f32s(data), &t.dims)))
-    };
-    for t in &header.tensors {
-        let Some(name) = t.name.strip_suffix(".in_sum2") else {
-            if let Some(name) =
-                t.name.strip_suffix(".counts").filter(|n| header.tensor(&format!("{n}.in_sum2")).is_none())
-            {
-                return Err(format!("`{name}` has counts but no in_sum2"));
-            }
-            continue;
-        };
-        let (sums, _) = floats(&t.name)?.ok_or("in_sum2 vanished")?;
-        let (counts, _) =
-            floats(&format!("{name}.counts"))?.ok_or_else(|| format!("`{name}` has in_sum2 but no counts"))?;
-        if counts.is_empty() || !sums.len().is_multiple_of(counts.len()) {
-            return Err(format!("`{name}`: {} sums for {} counts", sums.len(), counts.len()));
-        }
-        let columns = sums.len() / counts.len();
-        let mut values = Vec::with_capacity(sums.len());
-        for (sums, &count) in sums.chunks(columns.max(1)).zip(&counts) {
-            let count = (f64::from(count).round()) as f32;
-            values.extend(sums.iter().map(|&s| if count > 0.0 { s / count } else { 1.0 }));
-        }
-        out.entries.insert(name.to_string(), values);
-    }
-    if out.entries.is_empty() {
-        return Err("no tensor `*.in_sum2`: not an imatrix".into());
-    }
-    Ok(out)
-}
-
-/// Little-endian values.
-fn f32s(bytes: &[u8]) -> Vec<f32> {
-    let mut values = vec![0.0; bytes.len() / 4];
-    LittleEndian::read_f32_into(bytes, &mut values);
     values
 }
 
-struct Legacy<'a>(&'a [u8]);
-
-impl<'a> Legacy<'a> {
-    fn take(&mut self, n: usize) -> Result<&'a [u8], String> {
-        if n > self.0.len() {
-            return Err(format!("{n} bytes expected, {} left", self.0.len()));
-        }
-        let (head, tail) = self.0.split_at(n);
-        self.0 = tail;
-        Ok(head)
-    }
-
-    fn i32(&mut self) -> Result<i32, String> {
-        Ok(i32::from_le_bytes(self.take(4)?.try_into().expect("four bytes")))
-    }
-
-    fn length(&mut self, what: &str) -> Result<usize, String> {
-        let n = self.i32()?;
-        usize::try_from(n).ok().filter(|&n| n >= 1).ok_or_else(|| format!("{what} is {n}"))
-    }
+/// Stored values are mean x calls.
+fn legacy_mean(s: Sums) -> Vec<f32> {
+    let calls = s.counts.first().copied().filter(|&c| c > 0).unwrap_or(1) as f32;
+    s.in_sum2.into_iter().map(|v| v / calls).collect()
 }
 
-fn from_legacy(bytes: &[u8]) -> Result<Imatrix, String> {
-    let mut r = Legacy(bytes);
-    let mut out = Imatrix::default();
-    let n = r.length("the number of entries")?;
-    for i in 0..n {
-        let len = r.length("the length of a name")?;
-        let name = std::str::from_utf8(r.take(len)?).map_err(|_| format!("the name of entry {i} is not UTF-8"))?;
-        let calls = r.i32()?;
-        let len = r.length(&format!("the number of values of `{name}`"))?;
-        let bytes = len.checked_mul(4).ok_or("a length overflows")?;
-        let data = f32s(r.take(bytes)?);
-        // stored values are mean x calls
-        let calls = if calls > 0 { calls as f32 } else { 1.0 };
-        let values = data.iter().map(|v| v / calls).collect();
-        if out.entries.insert(name.to_string(), values).is_some() {
-            return Err(format!("entry `{name}` appears twice"));
-        }
-    }
-    if !r.0.is_empty() {
-        out.chunks = u32::try_from(r.i32()?).unwrap_or(0);
-        let len = r.length("the length of the dataset name")?;
-        out.datasets.push(String::from_utf8_lossy(r.take(len)?).into_owned());
-    }
-    Ok(out)
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn legacy(name_len: i32, values: &[f32], calls: i32) -> Vec<u8> {
-        let mut b = Vec::new();
-        b.extend(1i32.to_le_bytes());
-        b.extend(name_len.to_le_bytes());
-        b.extend(b"w.weight");
-        b.extend(calls.to_le_bytes());
-        b.extend((values.len() as i32).to_le_bytes());
-        b.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-        b
-    }
-
     #[test]
     fn legacy_values_are_divided_by_the_calls() {
-        let mut b = legacy(8, &[6.0, 3.0], 3);
-        b.extend(7i32.to_le_bytes());
-        b.extend(4i32.to_le_bytes());
+        let mut b = [1i32.to_le_bytes(), 8i32.to_le_bytes()].concat();
+        b.extend(b"w.weight");
+        b.extend([3i32.to_le_bytes(), 2i32.to_le_bytes(), 6f32.to_le_bytes(), 3f32.to_le_bytes()].concat());
+        b.extend([7i32.to_le_bytes(), 4i32.to_le_bytes()].concat());
         b.extend(b"text");
-        let m = from_legacy(&b).unwrap();
+        let m = Imatrix::from(ImatrixSums::parse(&b).unwrap());
         assert_eq!(m.entries["w.weight"], [2.0, 1.0]);
         assert_eq!((m.chunks, m.datasets), (7, vec!["text".to_string()]));
     }
 
     #[test]
-    fn hostile_lengths_are_refused() {
-        assert!(from_legacy(&legacy(-1, &[1.0], 1)).is_err());
-        assert!(from_legacy(&legacy(i32::MAX, &[1.0], 1)).is_err());
-        assert!(from_legacy(&[255, 255, 255, 127]).is_err());
-        assert!(from_legacy(&[]).is_err());
+    fn an_expert_without_tokens_counts_as_one_throughout() {
+        let sums = Sums { in_sum2: vec![6.0, 3.0, 0.0, 0.0], counts: vec![3, 0], in_sum: None };
+        let m = Imatrix::from(ImatrixSums { entries: [("w".to_string(), sums)].into(), ..ImatrixSums::default() });
+        assert_eq!(m.entries["w"], [2.0, 1.0, 1.0, 1.0]);
     }
 }

@@ -1,3 +1,48 @@
-//! What is known of the activations: importance per input column, read from imatrix files.
+//! What is known of the activations: collected over a text, written to files, read from them.
+//!
+//! [`collector`] holds the sums of a forward pass by weight ([`moments`]: of one layer's input). They leave as an importance
+//! matrix that any llama.cpp reads ([`imatrix_write`], with the statistics of [`imatrix_stats`]) or as a file of second
+//! moments of our own ([`hessian_file`]). [`imatrix_sums`] reads importance matrices as they are stored, [`imatrix`] as
+//! quantization uses them.
 
+pub mod collector;
+pub mod fingerprint;
+pub mod hessian_file;
+pub mod hessian_write;
 pub mod imatrix;
+pub mod imatrix_stats;
+pub mod imatrix_sums;
+pub mod imatrix_write;
+pub mod moments;
+
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::CheckpointError;
+use crate::convert::output::OutputError;
+
+/// What can go wrong between a forward pass and its files.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrationError {
+    /// The contents as a whole.
+    #[error("{}: {reason}", file.display())]
+    File { file: PathBuf, reason: String },
+    /// The entry of one weight.
+    #[error("{}: `{tensor}`: {reason}", file.display())]
+    Tensor { file: PathBuf, tensor: String, reason: String },
+    #[error("{0}")]
+    Collect(#[from] collector::CollectError),
+    #[error("{0}")]
+    Input(#[from] CheckpointError),
+    #[error("{0}")]
+    Output(#[from] OutputError),
+}
+
+impl CalibrationError {
+    fn file(file: &Path, reason: impl Into<String>) -> Self {
+        Self::File { file: file.to_path_buf(), reason: reason.into() }
+    }
+
+    fn tensor(file: &Path, tensor: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Tensor { file: file.to_path_buf(), tensor: tensor.into(), reason: reason.into() }
+    }
+}
