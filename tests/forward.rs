@@ -22,7 +22,7 @@ fn logits(path: &Path, source: &dyn TensorSource, metadata: &Metadata, ids: &[u3
     let mut hidden = Hidden::Memory(vec![0.0; ids.len() * model.spec.embed]);
     runner.embed(ids, &mut hidden).unwrap();
     for l in 0..model.spec.layers {
-        runner.layer(l, &mut hidden, ids.len(), 1, &mut ()).unwrap();
+        runner.layer_in_place(l, &mut hidden, ids.len(), 1, &mut ()).unwrap();
     }
     let Hidden::Memory(mut x) = hidden else { unreachable!() };
     let mut head = Head::new(&model, Activations::F32, 100 << 10).unwrap();

@@ -39,7 +39,8 @@ pub struct HessianEntry {
     pub experts: Option<usize>,
     /// Tokens, by expert.
     pub counts: Vec<u64>,
-    /// Bytes of the file where `second` and `in_sum` begin.
+    /// Bytes of the file where `counts`, `second` and `in_sum` begin.
+    stored_counts: usize,
     second: usize,
     in_sum: usize,
 }
@@ -101,6 +102,19 @@ impl HessianFile {
     /// Names of the weights that have sums of their own, in the order of the file.
     pub fn names(&self) -> &[String] {
         &self.names
+    }
+
+    /// What is stored of `weight`, of all experts: second moments, counts, sums; as in the file.
+    pub(super) fn stored(&self, weight: &str) -> Result<[&[u8]; 3], CheckpointError> {
+        let entry = self.find(weight, 0)?;
+        let (n, experts) = (entry.columns, entry.experts.unwrap_or(1));
+        let packed = packed_len(n).unwrap_or(0);
+        let bytes = |at: usize, len: usize| self.file.bytes().get(at..at + len).unwrap_or_default();
+        Ok([
+            bytes(entry.second, packed * experts * 4),
+            bytes(entry.stored_counts, experts * 8),
+            bytes(entry.in_sum, n * experts * 4),
+        ])
     }
 
     /// What the file has for `weight`, also where it shares the sums of another.
@@ -272,6 +286,7 @@ fn entry(
     Ok(HessianEntry {
         columns,
         experts: outer.first().map(|&e| e as usize),
+        stored_counts: counts.offset as usize,
         counts: values.iter().map(count).collect::<Result<_, _>>()?,
         second: second.offset as usize,
         in_sum: in_sum.offset as usize,

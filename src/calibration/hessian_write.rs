@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::CalibrationError;
-use super::hessian_file::{Origin, TYPE, VERSION};
+use super::hessian_file::{HessianFile, Origin, TYPE, VERSION};
 use super::moments::Moments;
 use crate::convert::output::{self, PartFile};
 use crate::gguf::{self, GgmlType, Layout, Metadata, TensorSpec, Value};
@@ -134,6 +134,21 @@ impl HessianWriter {
             self.put_f32(second, place(0, second.len(), 4)).map_err(|why| why.unwrap_or_else(fail))?;
             self.out.write_at(&count.to_le_bytes(), place(1, 1, 8))?;
             self.put_f32(m.sum(), place(2, s.columns, 4)).map_err(|why| why.unwrap_or_else(fail))?;
+        }
+        self.written[at] = true;
+        Ok(())
+    }
+
+    /// Takes over what `file` holds for `weight`.
+    pub fn copy(&mut self, weight: &str, file: &HessianFile) -> Result<(), CalibrationError> {
+        let fail = |why: String| CalibrationError::tensor(&self.path, weight, why);
+        let &(at, first) = self.index.get(weight).ok_or_else(|| fail("is not one of the weights".into()))?;
+        let (s, entry) = (&self.specs[at], file.entry(weight));
+        if s.same_as.is_some() || entry.is_none_or(|e| (e.columns, e.experts) != (s.columns, s.experts)) {
+            return Err(fail("has other columns or experts there".into()));
+        }
+        for (i, bytes) in file.stored(weight)?.into_iter().enumerate() {
+            self.out.write_at(bytes, self.layout.tensors[first + i].0)?;
         }
         self.written[at] = true;
         Ok(())

@@ -14,6 +14,7 @@ pub mod imatrix_stats;
 pub mod imatrix_sums;
 pub mod imatrix_write;
 pub mod moments;
+pub mod run;
 
 use std::path::{Path, PathBuf};
 
@@ -35,6 +36,8 @@ pub enum CalibrationError {
     Input(#[from] CheckpointError),
     #[error("{0}")]
     Output(#[from] OutputError),
+    #[error("{0}")]
+    Forward(#[from] crate::forward::ForwardError),
 }
 
 impl CalibrationError {

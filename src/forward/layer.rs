@@ -228,6 +228,7 @@ impl Layer {
                 down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut s.branch);
             }
             FeedForward::Experts { router } => {
+                observer.input(&[&router.name], None, input)?;
                 router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
                 let chosen = route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale);
                 s.branch.clear();

@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
+use rayon::prelude::*;
+
 use super::gemm::product;
 use super::layer::{Pass, Scratch};
 use super::rope::RopeTable;
@@ -91,14 +93,40 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Runs layer `l` over `tokens` tokens of `hidden` in place, `batch` windows at a time.
+    /// Runs layer `l` over `tokens` tokens of `from` into `to`, `batch` windows at a time.
     pub fn layer(
+        &mut self,
+        l: usize,
+        from: &Hidden,
+        to: &mut Hidden,
+        tokens: usize,
+        batch: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        self.each(l, tokens, batch, observer, |at, x| from.read(at, x), |at, x| to.write(at, x))
+    }
+
+    /// The same in place.
+    pub fn layer_in_place(
         &mut self,
         l: usize,
         hidden: &mut Hidden,
         tokens: usize,
         batch: usize,
         observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        let cell = std::cell::RefCell::new(hidden);
+        self.each(l, tokens, batch, observer, |at, x| cell.borrow().read(at, x), |at, x| cell.borrow_mut().write(at, x))
+    }
+
+    fn each(
+        &mut self,
+        l: usize,
+        tokens: usize,
+        batch: usize,
+        observer: &mut dyn Observer,
+        read: impl Fn(usize, &mut [f32]) -> Result<(), ForwardError>,
+        mut write: impl FnMut(usize, &[f32]) -> Result<(), ForwardError>,
     ) -> Result<(), ForwardError> {
         let layer = self.model.layer(l, self.activations)?;
         let n = self.model.spec.embed;
@@ -110,7 +138,7 @@ impl<'a> Runner<'a> {
             }
             let here = step.min(tokens - at);
             x.resize(here * n, 0.0);
-            hidden.read(at * n, &mut x)?;
+            read(at * n, &mut x)?;
             let pass = Pass {
                 model: self.model,
                 rope: &self.rope,
@@ -125,19 +153,9 @@ impl<'a> Runner<'a> {
                 return Err(ForwardError::NotFinite { layer: l, token, column, value: x[i] }
                     .of(self.model.path()));
             }
-            hidden.write(at * n, &x)?;
+            write(at * n, &x)?;
         }
         Ok(())
-    }
-
-    /// The final norm of rows of the stream, in place.
-    pub fn final_norm(&self, norm: &[f32], x: &mut [f32]) {
-        let n = self.model.spec.embed;
-        let mut out = vec![0.0; n];
-        for row in x.chunks_exact_mut(n) {
-            kernels::rms_norm(row, norm, self.model.spec.rms_eps, &mut out);
-            row.copy_from_slice(&out);
-        }
     }
 }
 
@@ -146,9 +164,8 @@ pub struct Head<'a> {
     model: &'a Model<'a>,
     norm: Vec<f32>,
     rounding: Rounding,
-    /// Rows `first..` of the head as f32.
+    /// Rows of the head as f32: all, or the part in work.
     rows: Vec<f32>,
-    first: usize,
     /// Rows that are kept.
     most: usize,
 }
@@ -158,7 +175,20 @@ impl<'a> Head<'a> {
     pub fn new(model: &'a Model<'a>, activations: Activations, bytes: u64) -> Result<Head<'a>, ForwardError> {
         let most = (bytes / (model.spec.embed as u64 * 4)).clamp(1, model.vocab as u64) as usize;
         let rounding = Rounding::of(model.head_type(), activations);
-        Ok(Head { model, norm: model.output_norm()?, rounding, rows: Vec::new(), first: 0, most })
+        Ok(Head { model, norm: model.output_norm()?, rounding, rows: Vec::new(), most })
+    }
+
+    /// The final norm of rows of the stream, in place: what the head is multiplied with, shown to `observer`.
+    pub fn input(&self, x: &mut [f32], observer: &mut dyn Observer) -> Result<(), ForwardError> {
+        let n = self.model.spec.embed;
+        x.par_chunks_mut(n).for_each_init(
+            || vec![0.0; n],
+            |out, row| {
+                kernels::rms_norm(row, &self.norm, self.model.spec.rms_eps, out);
+                row.copy_from_slice(out);
+            },
+        );
+        observer.input(&[self.model.head_name()], None, x)
     }
 
     /// Logits `[rows, vocab]` of rows of the stream (`[rows, embed]`, changed). `observer` sees the head's input.
@@ -168,18 +198,10 @@ impl<'a> Head<'a> {
         logits: &mut Vec<f32>,
         observer: &mut dyn Observer,
     ) -> Result<(), ForwardError> {
-        use rayon::prelude::*;
         let s = &self.model.spec;
         let (n, vocab) = (s.embed, self.model.vocab);
         let count = x.len() / n;
-        x.par_chunks_mut(n).for_each_init(
-            || vec![0.0; n],
-            |out, row| {
-                kernels::rms_norm(row, &self.norm, s.rms_eps, out);
-                row.copy_from_slice(out);
-            },
-        );
-        observer.input(&[self.model.head_name()], None, x)?;
+        self.input(x, observer)?;
         self.rounding.apply(x, n);
         logits.resize(count * vocab, 0.0);
         if self.most >= vocab {
@@ -194,7 +216,6 @@ impl<'a> Head<'a> {
                 let to = (from + self.most).min(vocab);
                 self.rows.resize((to - from) * n, 0.0);
                 self.model.head_rows(from, to, &mut self.rows)?;
-                self.first = from;
                 part.resize(count * (to - from), 0.0);
                 product(x, &self.rows, n, &mut part);
                 logits
