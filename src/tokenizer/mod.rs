@@ -5,6 +5,7 @@
 //! where the reference writes a file that does not work: scores of a SentencePiece vocabulary that has only tokenizer.json
 //! ([`llama_hf`]), its padding to `vocab_size`, and the first entry of an `eos_token_id` list where nothing else names one.
 
+pub mod encode;
 pub mod files;
 pub mod gpt2;
 pub mod library;
