@@ -15,6 +15,7 @@ pub mod imatrix_sums;
 pub mod imatrix_write;
 pub mod moments;
 pub mod run;
+pub mod text;
 
 use std::path::{Path, PathBuf};
 

@@ -129,7 +129,7 @@ fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(
 
 /// The first SIGINT or SIGTERM sets a flag, the second ends the process. A file size limit (`ulimit -f`) becomes an error
 /// of the write that meets it.
-fn install_signal_handlers() -> Result<(), Failure> {
+pub(super) fn install_signal_handlers() -> Result<(), Failure> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let flag = &*convert::INTERRUPTED;
     for signal in [SIGINT, SIGTERM, SIGHUP] {

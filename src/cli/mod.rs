@@ -5,11 +5,13 @@
 
 mod args;
 mod bar;
+mod calibrate;
 mod convert;
 mod inspect;
 mod lists;
 mod plan;
 mod print;
+mod steps;
 
 use std::process::ExitCode;
 
@@ -55,6 +57,9 @@ enum Command {
     Convert(args::ConvertArgs),
     /// Show what a conversion would write: types, sizes, memory, warnings. Reads no weights.
     Plan(args::ConvertArgs),
+    /// Run a text through a model: an importance matrix and, if asked for, second moments of every linear's input.
+    #[command(visible_alias = "imatrix")]
+    Calibrate(calibrate::CalibrateArgs),
     /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
     Inspect(inspect::InspectArgs),
     /// Print a completion script.
@@ -126,6 +131,30 @@ impl From<crate::convert::OutputError> for Failure {
     }
 }
 
+impl From<crate::forward::ForwardError> for Failure {
+    fn from(e: crate::forward::ForwardError) -> Failure {
+        use crate::forward::ForwardError as F;
+        let code = match &e {
+            F::Interrupted => INTERRUPTED,
+            F::Io { .. } => RESOURCE,
+            _ => REFUSED,
+        };
+        Failure::new(code, e)
+    }
+}
+
+impl From<crate::calibration::CalibrationError> for Failure {
+    fn from(e: crate::calibration::CalibrationError) -> Failure {
+        use crate::calibration::CalibrationError as C;
+        match e {
+            C::Input(e) => e.into(),
+            C::Output(e) => e.into(),
+            C::Forward(e) => e.into(),
+            e => Failure::new(REFUSED, e),
+        }
+    }
+}
+
 impl From<ConvertError> for Failure {
     fn from(e: ConvertError) -> Failure {
         use crate::convert::WorkError as W;
@@ -171,6 +200,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Convert(a)) if a.dry_run => plan::run(a),
         Some(Command::Convert(a)) => convert::run(a),
         Some(Command::Plan(a)) => plan::run(a),
+        Some(Command::Calibrate(a)) => calibrate::run(a),
         Some(Command::Inspect(a)) => inspect::run(a),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

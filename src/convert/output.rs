@@ -248,3 +248,12 @@ impl Drop for PartFile {
         }
     }
 }
+
+/// Writes a small file whole: under another name, synced, then renamed.
+pub fn write_new(path: &Path, bytes: &[u8], force: bool) -> Result<(), OutputError> {
+    check(path, &[], None, force)?;
+    let mut out = PartFile::create(path, bytes.len() as u64, force)?;
+    out.write_at(bytes, 0)?;
+    out.sync()?;
+    out.publish()
+}

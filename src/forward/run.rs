@@ -31,6 +31,14 @@ impl Hidden {
         Ok(Hidden::File { file, path: path.to_path_buf() })
     }
 
+    /// In a new file of folder `dir` that has no name: it is gone with the process.
+    pub fn scratch(dir: &Path, number: usize, bytes: u64) -> Result<Hidden, ForwardError> {
+        let path = dir.join(format!(".ostq-{}-{number}.f32", std::process::id()));
+        let hidden = Hidden::in_file(&path, bytes)?;
+        let _ = std::fs::remove_file(&path);
+        Ok(hidden)
+    }
+
     /// Values from `at` on.
     pub fn read(&self, at: usize, out: &mut [f32]) -> Result<(), ForwardError> {
         match self {

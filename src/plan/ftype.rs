@@ -95,6 +95,11 @@ impl FileType {
     }
 }
 
+/// The name of a number of `general.file_type`.
+pub fn name_of(number: u64) -> Option<&'static str> {
+    FileType::ALL.iter().find(|t| **t as u64 == number).map(|t| t.name())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

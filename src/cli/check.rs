@@ -1,0 +1,322 @@
+//! `ostq-convert check REFERENCE MODEL...`: what a conversion costs.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use sha2::{Digest, Sha256};
+
+use super::calibrate::{Opened, TextArgs, pool};
+use super::steps::Steps;
+use super::{Failure, REFUSED, RESOURCE, USAGE, print};
+use crate::calibration::imatrix::{Imatrix, hex};
+use crate::calibration::text;
+use crate::check::base_file::BaseFile;
+use crate::check::report::{BlockRow, FORMAT, FileFacts, ModelReport, Report, RunFacts, TensorRow, TextFacts};
+use crate::check::run::{self, Reference, Settings};
+use crate::check::summary::{Perplexity, Rules};
+use crate::check::tensors;
+use crate::check::windows::Windows;
+use crate::convert::output;
+use crate::forward::{Activations, Model};
+use crate::gguf;
+use crate::plan::memory::{human, parse_size};
+
+/// What to compare, on what.
+#[derive(Args, Clone, Debug)]
+pub struct CheckArgs {
+    /// The reference and the models to compare with it: checkpoint folders or GGUF files. With --kl-divergence-base only
+    /// models.
+    #[arg(value_name = "REFERENCE MODEL", required = true)]
+    paths: Vec<PathBuf>,
+    /// Text, UTF-8: one that nothing was calibrated on.
+    #[arg(long = "text", visible_alias = "file", short = 'f', value_name = "TEXT")]
+    text: Option<PathBuf>,
+    #[command(flatten)]
+    windows: TextArgs,
+    /// f32: what the weights cost. ggml: rounded as llama.cpp's CPU kernels round, to compare with llama-perplexity.
+    #[arg(long, value_enum, default_value_t = ActivationsArg::F32)]
+    activations: ActivationsArg,
+    /// Error of every tensor.
+    #[arg(long)]
+    per_tensor: bool,
+    /// Weigh tensor errors by this importance matrix (with --per-tensor).
+    #[arg(long, value_name = "FILE", requires = "per_tensor")]
+    imatrix: Option<PathBuf>,
+    /// Where hidden states begin to differ, layer by layer.
+    #[arg(long)]
+    per_block: bool,
+    /// Compare with log-probabilities that an earlier run or llama-perplexity has written.
+    #[arg(long, value_name = "FILE")]
+    kl_divergence_base: Option<PathBuf>,
+    /// Write the reference's log-probabilities, as llama-perplexity does.
+    #[arg(long, value_name = "FILE", conflicts_with = "kl_divergence_base")]
+    save_all_logits: Option<PathBuf>,
+    /// Report on standard output as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Also write the report as one HTML page.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Worker threads [default: all processors].
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Ceiling of resident memory: kept, or refused before work starts.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_memory: Option<u64>,
+    /// Replace files that are there.
+    #[arg(long)]
+    force: bool,
+    /// Only errors and results.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// Arithmetic of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ActivationsArg {
+    F32,
+    Ggml,
+}
+
+impl From<ActivationsArg> for Activations {
+    fn from(a: ActivationsArg) -> Activations {
+        match a {
+            ActivationsArg::F32 => Activations::F32,
+            ActivationsArg::Ggml => Activations::Ggml,
+        }
+    }
+}
+
+impl From<run::RunError> for Failure {
+    fn from(e: run::RunError) -> Failure {
+        match e {
+            run::RunError::Forward(e) => e.into(),
+            e @ run::RunError::Check(crate::check::CheckError::Io { .. }) => Failure::new(RESOURCE, e),
+            e => Failure::new(REFUSED, e),
+        }
+    }
+}
+
+impl From<crate::check::CheckError> for Failure {
+    fn from(e: crate::check::CheckError) -> Failure {
+        run::RunError::Check(e).into()
+    }
+}
+
+/// Compares.
+pub fn run(args: CheckArgs) -> Result<(), Failure> {
+    super::convert::install_signal_handlers()?;
+    for out in args.html.iter().chain(&args.save_all_logits) {
+        output::check(out, &[], None, args.force)?;
+    }
+    let opened = args.paths.iter().map(|p| Opened::new(p)).collect::<Result<Vec<_>, _>>()?;
+    let all = opened.iter().map(Opened::model).collect::<Result<Vec<_>, _>>()?;
+    let base = args.kl_divergence_base.as_deref().map(BaseFile::open).transpose()?;
+    let first = usize::from(base.is_none());
+    if base.is_none() && all.len() < 2 && args.save_all_logits.is_none() {
+        return Err(Failure::new(USAGE, "name a model to compare with the reference: check REFERENCE MODEL --text FILE"));
+    }
+    let text = Evaluation::new(&args, &opened, base.as_ref())?;
+    let models: Vec<&Model<'_>> = all[first..].iter().collect();
+    let vocab = all[0].vocab;
+    for (m, o) in all.iter().zip(&opened).skip(1) {
+        if m.vocab != vocab {
+            let (a, b) = (args.paths[0].display(), o.path.display());
+            return Err(Failure::new(REFUSED, format!("{b} has {} words, {a} has {vocab}: they cannot be compared", m.vocab)));
+        }
+    }
+    let mut report = compare(&args, &all, first, base, &text, vocab, &opened)?;
+    for (o, row) in opened[first..].iter().zip(&mut report.models) {
+        if args.per_tensor && first == 1 {
+            let imatrix = args.imatrix.as_deref().map(Imatrix::load).transpose()?;
+            row.tensors = tensor_rows(&opened[0], o, imatrix.as_ref())?;
+        }
+    }
+    debug_assert_eq!(models.len(), report.models.len());
+    let problems = report.problems();
+    if !problems.is_empty() {
+        return Err(Failure::new(REFUSED, problems.join("\n")));
+    }
+    if let Some(path) = &args.html {
+        output::write_new(path, report.html().as_bytes(), args.force)?;
+    }
+    print::stdout(if args.json { report.json() } else { report.text() }.as_bytes())
+}
+
+/// The text as windows, cut by the models' own tokenizer.
+struct Evaluation {
+    facts: TextFacts,
+    windows: Windows,
+    tokens: Vec<i32>,
+    bos: Option<u32>,
+}
+
+impl Evaluation {
+    fn new(args: &CheckArgs, opened: &[Opened], base: Option<&BaseFile>) -> Result<Evaluation, Failure> {
+        let encoders = opened.iter().map(Opened::encoder).collect::<Result<Vec<_>, _>>()?;
+        let bos = encoders[0].bos().filter(|_| encoders[0].add_bos());
+        if let Some(base) = base {
+            base.expect(encoders[0].len(), None)?;
+            let facts = TextFacts { name: "tokens of the base file".into(), size: 0, sha256: String::new() };
+            let windows = base.windows();
+            return Ok(Evaluation { facts, windows, tokens: base.tokens().to_vec(), bos });
+        }
+        let Some(path) = &args.text else {
+            return Err(Failure::new(USAGE, "--text FILE: which text? One that nothing was calibrated on"));
+        };
+        let text = text::read(path)?;
+        let ids = encoders[0].encode(&text.content, true, false);
+        let print = encoders[0].fingerprint();
+        for (e, o) in encoders.iter().zip(opened).skip(1) {
+            if e.fingerprint() == print && (e.add_bos(), e.bos()) == (encoders[0].add_bos(), encoders[0].bos()) {
+                continue;
+            }
+            let other = e.encode(&text.content, true, false);
+            if let Some(at) = (0..ids.len().max(other.len())).find(|&i| ids.get(i) != other.get(i)) {
+                return Err(Failure::new(
+                    REFUSED,
+                    format!(
+                        "{} and {} cut the text differently, from token {at} on: they cannot be compared",
+                        args.paths[0].display(),
+                        o.path.display()
+                    ),
+                ));
+            }
+        }
+        let windows = Windows::new(ids.len(), args.windows.ctx as usize, args.windows.chunks.map(|n| n as usize))
+            .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
+        let tokens = ids[..windows.n_chunks() * windows.n_ctx()].iter().map(|&t| t as i32).collect();
+        let facts = TextFacts {
+            name: text.name,
+            size: text.content.len() as u64,
+            sha256: hex(&Sha256::digest(text.content.as_bytes())),
+        };
+        Ok(Evaluation { facts, windows, tokens, bos })
+    }
+}
+
+fn compare(
+    args: &CheckArgs,
+    all: &[Model<'_>],
+    first: usize,
+    mut base: Option<BaseFile>,
+    text: &Evaluation,
+    vocab: usize,
+    opened: &[Opened],
+) -> Result<Report, Failure> {
+    let everything: Vec<&Model<'_>> = all.iter().collect();
+    let models = &everything[first..];
+    let pool = pool(args.threads)?;
+    let memory = run::memory(&everything, &text.windows, pool.current_num_threads(), args.max_memory)
+        .map_err(|e| Failure::new(RESOURCE, e))?;
+    if !args.quiet {
+        print::stderr(&format!(
+            "{} windows of {} tokens, {} positions; at most {} of memory, {}",
+            text.windows.n_chunks(),
+            text.windows.n_ctx(),
+            text.windows.positions(),
+            human(memory.peak),
+            super::plan::threads(pool.current_num_threads()),
+        ));
+    }
+    let scratch = std::env::temp_dir();
+    let settings = Settings {
+        windows: text.windows,
+        tokens: &text.tokens,
+        bos: text.bos,
+        activations: args.activations.into(),
+        memory,
+        scratch: &scratch,
+        save: args.save_all_logits.as_deref(),
+    };
+    let total = run::steps((first == 1).then_some(&all[0]), models, &text.windows);
+    let mut steps = Steps::new("step", total, args.quiet);
+    let start = Instant::now();
+    let outcomes = pool.install(|| {
+        let reference = match &mut base {
+            Some(base) => Reference::Base(base),
+            None => Reference::Model(&all[0]),
+        };
+        run::run(reference, models, &settings, &mut |done| steps.done(done))
+    })?;
+    steps.finish();
+    if !args.quiet {
+        print::stderr(&format!("{:.1} s", start.elapsed().as_secs_f64()));
+    }
+    let rules = if first == 1 { Rules::Exact } else { Rules::LlamaCpp };
+    let mut rows = Vec::new();
+    for (outcome, o) in outcomes.models.iter().zip(&opened[first..]) {
+        let mut row = ModelReport::new(facts(o), &outcome.records, rules, text.windows)
+            .ok_or_else(|| Failure::new(REFUSED, "there are no positions to score"))?;
+        if args.per_block {
+            let blocks = outcome.blocks.iter().enumerate();
+            row.blocks = blocks.map(|(l, &d)| BlockRow { layer: l as u32, relative_difference: d }).collect();
+        }
+        rows.push(row);
+    }
+    Ok(Report {
+        format: FORMAT,
+        program: format!("ostq-convert {}", env!("CARGO_PKG_VERSION")),
+        run: RunFacts {
+            reference: match &args.kl_divergence_base {
+                Some(path) => FileFacts {
+                    name: name(path),
+                    size: std::fs::metadata(path).map_or(0, |m| m.len()),
+                    type_name: "log-probabilities".into(),
+                    bits_per_weight: 0.0,
+                    weights: 0,
+                },
+                None => facts(&opened[0]),
+            },
+            reference_perplexity: Perplexity::of(&outcomes.reference),
+            from_base_file: first == 0,
+            text: text.facts.clone(),
+            n_ctx: text.windows.n_ctx(),
+            n_chunks: text.windows.n_chunks(),
+            positions: text.windows.positions(),
+            n_vocab: vocab,
+            activations: if args.activations == ActivationsArg::F32 { "f32" } else { "ggml" }.into(),
+            notes: Vec::new(),
+        },
+        models: rows,
+    })
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// A model's file as the report shows it.
+fn facts(o: &Opened) -> FileFacts {
+    let tensors = o.input.source.tensors();
+    let weights: u64 = tensors.iter().map(|t| t.elements()).sum();
+    let bytes: u64 = tensors.iter().map(|t| t.stored_bytes).sum();
+    let file_type = gguf::value::get(&o.input.metadata, "general.file_type").and_then(|v| v.as_u64());
+    FileFacts {
+        name: name(&o.path),
+        size: o.input.source.files().iter().map(|f| f.bytes().len() as u64).sum(),
+        type_name: file_type.and_then(crate::plan::ftype::name_of).unwrap_or("unknown").to_string(),
+        bits_per_weight: bytes as f64 * 8.0 / weights.max(1) as f64,
+        weights,
+    }
+}
+
+fn tensor_rows(reference: &Opened, model: &Opened, imatrix: Option<&Imatrix>) -> Result<Vec<TensorRow>, Failure> {
+    let errors = tensors::errors(&*reference.input.source, &*model.input.source, imatrix)
+        .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", model.path.display())))?;
+    let row = |t: tensors::TensorError| {
+        let (kind, layer) = TensorRow::kind_and_layer(&t.name);
+        TensorRow {
+            kind,
+            layer,
+            type_name: t.ty.to_string(),
+            bits_per_weight: t.bytes as f64 * 8.0 / t.elements.max(1) as f64,
+            weights: t.elements,
+            relative_error: t.relative,
+            weighted_error: t.weighted,
+            name: t.name,
+        }
+    };
+    Ok(errors.into_iter().map(row).collect())
+}
