@@ -113,8 +113,7 @@ impl ImatrixSums {
         };
         settle(&mut self.nextn_layers, other.nextn_layers, "NextN layers");
         settle(&mut self.chunk_size, other.chunk_size, "chunk sizes");
-        // e_chunk_size: the chunk size of the first GGUF file, else n_ctx / n_parallel, 512 by default
-        let chunk = if self.chunk_size > 0 { self.chunk_size } else { 512 };
+        let chunk = self.tokens_per_chunk();
         for (name, mut entry) in other.entries {
             if other.legacy {
                 entry.in_sum2.iter_mut().for_each(|v| *v *= chunk as f32);
@@ -134,9 +133,14 @@ impl ImatrixSums {
         Ok(notes)
     }
 
+    /// The chunk size of the first GGUF file, else llama-imatrix's `n_ctx / n_parallel`, 512 by default (`e_chunk_size`).
+    pub fn tokens_per_chunk(&self) -> u32 {
+        if self.chunk_size > 0 { self.chunk_size } else { 512 }
+    }
+
     /// Sets the number of chunks from the largest count, rounded to the nearest (`rows_to_chunks`).
     fn count_chunks(&mut self) {
-        let size = if self.chunk_size > 0 { i64::from(self.chunk_size) } else { 512 };
+        let size = i64::from(self.tokens_per_chunk());
         let most = self.entries.values().flat_map(|s| &s.counts).copied().max().unwrap_or(0).max(0);
         self.chunk_count = u32::try_from(most.saturating_add(size / 2) / size).unwrap_or(u32::MAX);
     }

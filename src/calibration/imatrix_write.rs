@@ -69,7 +69,7 @@ fn metadata(sums: &ImatrixSums) -> Metadata {
         ("general.type".into(), "imatrix".into()),
         (DATASETS.into(), Value::strs(&sums.datasets)),
         (CHUNK_COUNT.into(), Value::U32(sums.chunk_count)),
-        (CHUNK_SIZE.into(), Value::U32(sums.chunk_size)),
+        (CHUNK_SIZE.into(), Value::U32(sums.tokens_per_chunk())),
     ];
     if sums.nextn_layers > 0 {
         keys.push((NEXTN_LAYERS.into(), Value::U32(sums.nextn_layers)));
@@ -130,7 +130,7 @@ fn legacy(sums: &ImatrixSums) -> Result<Vec<u8>, String> {
         out.extend(n.to_le_bytes());
         Ok::<(), String>(())
     };
-    let chunk = if sums.chunk_size > 0 { i64::from(sums.chunk_size) } else { 512 };
+    let chunk = i64::from(sums.tokens_per_chunk());
     let seen = || sums.entries.iter().filter(|(_, s)| s.counts.iter().any(|&c| c != 0));
     number(&mut out, seen().count() as i64, "entries")?;
     for (name, s) in seen() {

@@ -3,7 +3,7 @@
 //! [`collector`] holds the sums of a forward pass by weight ([`moments`]: of one layer's input). They leave as an importance
 //! matrix that any llama.cpp reads ([`imatrix_write`], with the statistics of [`imatrix_stats`]) or as a file of second
 //! moments of our own ([`hessian_file`]). [`imatrix_sums`] reads importance matrices as they are stored, [`imatrix`] as
-//! quantization uses them.
+//! quantization uses them. [`text`] is what is run through a model when no other text is given.
 
 pub mod collector;
 pub mod fingerprint;
@@ -16,6 +16,7 @@ pub mod imatrix_write;
 pub mod moments;
 pub mod run;
 pub mod text;
+pub mod windows;
 
 use std::path::{Path, PathBuf};
 

@@ -137,11 +137,12 @@ impl Moments {
         };
         // false for NaN as well
         let good = |v: f32| v.abs() <= limit;
-        let row = 4 * COLUMNS;
-        let Some(part) = x.par_chunks(row).position_first(|part| !part.iter().fold(true, |ok, &v| ok & good(v))) else {
+        let piece = 4 * COLUMNS;
+        let Some(part) = x.par_chunks(piece).position_first(|part| !part.iter().fold(true, |ok, &v| ok & good(v)))
+        else {
             return Ok(());
         };
-        let bad = x[part * row..].iter().position(|&v| !good(v)).map_or(0, |i| part * row + i);
+        let bad = x[part * piece..].iter().position(|&v| !good(v)).map_or(0, |i| part * piece + i);
         let (token, column, value) = (bad / self.columns, bad % self.columns, x[bad]);
         Err(match value.is_finite() {
             true => MomentsError::TooLarge { token, column, value },

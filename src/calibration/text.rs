@@ -1,76 +1,40 @@
-//! Text as windows of token ids.
+//! The text that calibration runs through a model when none is given: it ships with the program.
 //!
-//! As llama-imatrix and llama-perplexity cut it: all tokens in a row, windows of equal length from the start, what is left
-//! over dropped; where the vocabulary asks for a BOS token, it takes the place of the first token of every window.
-
-use std::path::{Path, PathBuf};
+//! Public-domain prose with verse, other languages, numbers and code between; `assets/README.md` names the works. Files of
+//! importance matrices and second moments say that it was used by [`NAME`] and by its sha256.
 
 use sha2::{Digest, Sha256};
 
-use super::CalibrationError;
 use super::imatrix::hex;
-use crate::checkpoint::CheckpointError;
-use crate::tokenizer::encode::TextEncoder;
 
-/// The corpus that ships with the program (assets/README.md).
-pub const BUILT_IN: &str = include_str!("../../assets/calibration.txt");
-/// Its name in files.
-pub const BUILT_IN_NAME: &str = "built-in";
+/// What files call it.
+pub const NAME: &str = "ostq-convert/calibration.txt";
 
-/// A named text.
-#[derive(Clone, Debug)]
-pub struct Text {
-    /// The file's name, without its folder.
-    pub name: String,
-    pub content: String,
+/// The text, UTF-8.
+pub const TEXT: &str = include_str!("../../assets/calibration.txt");
+
+/// sha256 of the text, in hexadecimal.
+pub fn sha256() -> String {
+    hex(&Sha256::digest(TEXT.as_bytes()))
 }
 
-/// Reads `paths`, or the built-in corpus for none.
-pub fn load(paths: &[PathBuf]) -> Result<Vec<Text>, CalibrationError> {
-    if paths.is_empty() {
-        return Ok(vec![Text { name: BUILT_IN_NAME.into(), content: BUILT_IN.into() }]);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_has_some_of_everything_early() {
+        assert!((120_000..160_000).contains(&TEXT.len()), "{} bytes", TEXT.len());
+        assert!(!TEXT.contains(['\r', '\0', '\u{feff}', '\u{fffd}']) && TEXT.ends_with('\n'));
+        let half: String = TEXT.chars().take(TEXT.len() / 2).collect();
+        for text in ["Time Traveller", "summer's day", "Ozymandias", "| planet", "Assistant:"] {
+            assert!(half.contains(text), "{text} is not in the first half");
+        }
+        for text in ["```rust", "吾輩は猫である", "Я помню", "قفا نبك"] {
+            assert!(TEXT.contains(text), "{text} is missing");
+        }
+        // fences close
+        assert_eq!(TEXT.matches("```").count() % 2, 0);
+        assert_eq!(sha256().len(), 64);
     }
-    paths.iter().map(|p| read(p)).collect()
-}
-
-/// Reads one file; bytes that are no UTF-8 are refused with their place.
-pub fn read(path: &Path) -> Result<Text, CalibrationError> {
-    let bytes = std::fs::read(path).map_err(|e| CheckpointError::io(path, e))?;
-    let content = String::from_utf8(bytes).map_err(|e| {
-        CalibrationError::file(path, format!("not UTF-8 text: byte {} does not fit", e.utf8_error().valid_up_to()))
-    })?;
-    let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    Ok(Text { name, content })
-}
-
-/// The ids of all texts in a row, special tokens added as the vocabulary asks for.
-pub fn ids(encoder: &TextEncoder, texts: &[Text]) -> Vec<u32> {
-    texts.iter().flat_map(|t| encoder.encode(&t.content, true, false)).collect()
-}
-
-/// The first `limit` whole windows of `length` tokens, each with its BOS.
-pub fn windows(
-    encoder: &TextEncoder,
-    ids: &[u32],
-    length: usize,
-    limit: Option<usize>,
-) -> Result<Vec<u32>, String> {
-    let count = (ids.len() / length.max(1)).min(limit.unwrap_or(usize::MAX));
-    if length == 0 || count == 0 {
-        return Err(format!("the text has {} tokens; a window needs {length}", ids.len()));
-    }
-    let mut windows = ids[..count * length].to_vec();
-    if let Some(bos) = encoder.bos().filter(|_| encoder.add_bos()) {
-        windows.chunks_exact_mut(length).for_each(|w| w[0] = bos);
-    }
-    Ok(windows)
-}
-
-/// sha256 of token ids (u32, little-endian), in hexadecimal.
-pub fn digest(ids: &[u32]) -> String {
-    let mut hash = Sha256::new();
-    for chunk in ids.chunks(1 << 14) {
-        hash.update(chunk.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>());
-    }
-    hex(&hash.finalize())
 }

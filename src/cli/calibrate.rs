@@ -10,7 +10,7 @@ use super::{Failure, REFUSED, RESOURCE, USAGE, print};
 use crate::calibration::imatrix_sums::ImatrixSums;
 use crate::calibration::imatrix_write::{self, Format};
 use crate::calibration::run::{self, Job};
-use crate::calibration::{fingerprint, text};
+use crate::calibration::{fingerprint, windows as text};
 use crate::convert::output;
 use crate::forward::Model;
 use crate::plan::memory::{human, parse_size};

@@ -10,7 +10,7 @@ use super::calibrate::{Opened, TextArgs, pool};
 use super::steps::Steps;
 use super::{Failure, REFUSED, RESOURCE, USAGE, print};
 use crate::calibration::imatrix::{Imatrix, hex};
-use crate::calibration::text;
+use crate::calibration::windows as text;
 use crate::check::base_file::BaseFile;
 use crate::check::report::{BlockRow, FORMAT, FileFacts, ModelReport, Report, RunFacts, TensorRow, TextFacts};
 use crate::check::run::{self, Reference, Settings};

@@ -2,3 +2,4 @@
 
 pub mod qsur;
 pub mod qsur_report;
+pub mod spread;

@@ -23,7 +23,7 @@
 //! where figures must not depend on scale, those of `(Corr + ε I) / (1 + ε)`. It is a diagnostic: what is learned is never
 //! QSUR, and it takes the data to be Gaussian.
 
-use crate::calibration::moments::Moments;
+use super::spread::Spread;
 use crate::linalg::{self, LinalgError, Par};
 
 /// Why there are no figures.
@@ -43,15 +43,6 @@ pub enum QsurError {
     Block,
     #[error("{0}")]
     Linalg(#[from] LinalgError),
-}
-
-/// Mean and covariance of samples.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Spread {
-    /// E\[x\], d values.
-    pub mean: Vec<f64>,
-    /// Σ \[d, d\], symmetric.
-    pub covariance: Vec<f64>,
 }
 
 /// How figures are computed.
@@ -91,100 +82,6 @@ pub struct Qsur {
 }
 
 impl Spread {
-    /// From Σxxᵀ \[d, d\] (full), Σx and the number of samples, as a [`crate::calibration::hessian_file`] gives them.
-    pub fn of_sums(second: Vec<f64>, sum: &[f64], count: u64) -> Result<Spread, QsurError> {
-        let d = sum.len();
-        if d.checked_mul(d) != Some(second.len()) {
-            return Err(QsurError::Shape { what: "second moment", values: second.len(), d });
-        }
-        if count == 0 || d == 0 {
-            return Err(QsurError::Empty);
-        }
-        let mean: Vec<f64> = sum.iter().map(|s| s / count as f64).collect();
-        let mut covariance = second;
-        for i in 0..d {
-            for j in 0..d {
-                let v = &mut covariance[i * d + j];
-                *v = *v / count as f64 - mean[i] * mean[j];
-            }
-            // a channel that hardly varies about a large mean may round below 0
-            covariance[i * d + i] = covariance[i * d + i].max(0.0);
-        }
-        Ok(Spread { mean, covariance })
-    }
-
-    /// Of activations, from the sums of a forward pass.
-    pub fn of_moments(m: &Moments) -> Result<Spread, QsurError> {
-        let (packed, d) = (m.second().ok_or(QsurError::NoSecond)?, m.columns());
-        let mut full = vec![0.0; d * d];
-        for i in 0..d {
-            full[i * d..][..=i].copy_from_slice(&packed[i * (i + 1) / 2..][..=i]);
-        }
-        linalg::mirror(&mut full, d);
-        Spread::of_sums(full, m.sum(), m.count())
-    }
-
-    /// Of a weight, whose rows are the samples: `w` row-major \[rows, d\].
-    pub fn of_rows(w: &[f64], d: usize, par: Par) -> Result<Spread, QsurError> {
-        if d == 0 || !w.len().is_multiple_of(d) {
-            return Err(QsurError::Shape { what: "rows", values: w.len(), d });
-        }
-        let rows = w.len() / d;
-        let mut sum = vec![0.0; d];
-        for row in w.chunks_exact(d) {
-            sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
-        }
-        let mut second = vec![0.0; d * d];
-        linalg::syrk_f64(&mut second, w, rows, d, par);
-        linalg::mirror(&mut second, d);
-        Spread::of_sums(second, &sum, rows as u64)
-    }
-
-    /// Number of dimensions.
-    pub fn dimension(&self) -> usize {
-        self.mean.len()
-    }
-
-    /// With the second moment about zero instead of the covariance: for grids that have no offset, where a mean costs range.
-    pub fn about_zero(mut self) -> Spread {
-        let d = self.dimension();
-        for i in 0..d {
-            for j in 0..d {
-                self.covariance[i * d + j] += self.mean[i] * self.mean[j];
-            }
-        }
-        self.mean.fill(0.0);
-        self
-    }
-
-    /// After the linear map `x → xA`: mean `μA`, covariance `AᵀΣA`. `a` is \[d, d\], row-major.
-    ///
-    /// A pair that leaves a layer's output alone maps activations by `A` and the rows of the weight by `A⁻ᵀ` (the same
-    /// matrix for a rotation).
-    pub fn map(&self, a: &[f64], par: Par) -> Result<Spread, QsurError> {
-        let d = self.dimension();
-        if d * d != a.len() {
-            return Err(QsurError::Shape { what: "map", values: a.len(), d });
-        }
-        let t: Vec<f64> = (0..d * d).map(|at| a[at % d * d + at / d]).collect();
-        let (mut left, mut covariance) = (vec![0.0; d * d], vec![0.0; d * d]);
-        linalg::gemm_f64(&mut left, &t, &self.covariance, (d, d, d), par);
-        linalg::gemm_f64(&mut covariance, &left, &t, (d, d, d), par);
-        linalg::mirror(&mut covariance, d);
-        let mean = t.chunks_exact(d).map(|row| row.iter().zip(&self.mean).map(|(a, m)| a * m).sum()).collect();
-        Ok(Spread { mean, covariance })
-    }
-
-    /// After `x_j → x_j s_j`: [`Spread::map`] of a diagonal.
-    pub fn scale(&self, s: &[f64]) -> Result<Spread, QsurError> {
-        let d = self.dimension();
-        if s.len() != d {
-            return Err(QsurError::Shape { what: "scale", values: s.len(), d });
-        }
-        let covariance = (0..d * d).map(|at| self.covariance[at] * s[at / d] * s[at % d]).collect();
-        Ok(Spread { mean: self.mean.iter().zip(s).map(|(m, s)| m * s).collect(), covariance })
-    }
-
     /// The figures. Takes memory of 2 d² values beside its own, with the paper's form 4 d².
     pub fn qsur(&self, options: &Options, par: Par) -> Result<Qsur, QsurError> {
         let (d, ε) = (self.dimension(), options.damping);
@@ -405,28 +302,6 @@ mod tests {
         for (a, b) in [(larger.tensor, q.tensor), (larger.block, q.block), (larger.paper.unwrap(), q.paper.unwrap())] {
             near(a, b);
         }
-        let by_matrix = diagonal(&[3.0; 8]).covariance;
-        let (a, b) = (s.map(&by_matrix, Par::Seq).unwrap(), s.scale(&[3.0; 8]).unwrap());
-        for (a, b) in a.covariance.iter().zip(&b.covariance).chain(a.mean.iter().zip(&b.mean)) {
-            assert!((a - b).abs() < 1e-9);
-        }
-    }
-
-    #[test]
-    fn moments_give_mean_and_covariance() {
-        let rows = [[1.0, 10.0], [3.0, 10.0], [2.0, 13.0]];
-        let x: Vec<f32> = rows.iter().flatten().map(|&v| v as f32).collect();
-        let mut m = Moments::new(2, true).unwrap();
-        m.add(&x, 3).unwrap();
-        let s = Spread::of_moments(&m).unwrap();
-        let same = Spread::of_rows(&rows.concat(), 2, Par::Seq).unwrap();
-        for (a, b) in s.covariance.iter().zip([2.0 / 3.0, 0.0, 0.0, 2.0]).chain(s.mean.iter().zip([2.0, 11.0])) {
-            assert!((a - b).abs() < 1e-12, "{s:?}");
-        }
-        assert_eq!(s, same);
-        near(s.about_zero().covariance[3], 123.0);
-        assert_eq!(Spread::of_moments(&Moments::new(2, false).unwrap()), Err(QsurError::NoSecond));
-        assert_eq!(Spread::of_moments(&Moments::new(2, true).unwrap()), Err(QsurError::Empty));
     }
 
     #[test]
@@ -438,7 +313,6 @@ mod tests {
         assert_eq!(diagonal(&[0.0; 2]).qsur(&EXACT, Par::Seq), Err(QsurError::NoSpread));
         assert!(s.qsur(&Options { block: 0, ..EXACT }, Par::Seq).is_err());
         assert!(s.qsur(&Options { damping: f64::NAN, ..EXACT }, Par::Seq).is_err());
-        assert!(s.map(&[1.0], Par::Seq).unwrap_err().to_string().contains("1 values are no map of 8 dimensions"));
         // a dead channel
         let q = diagonal(&[1.0, 0.0]).qsur(&Options { block: 1, ..Options::default() }, Par::Seq).unwrap();
         near(q.channel, 1.0);
