@@ -95,8 +95,8 @@ impl Bpe {
             (0..=255).map(|b| vocab.byte(b).into_iter().collect()).collect()
         };
         let whole = if pre.ignore_merges && pre.byte_level {
-            let word = |(id, text): (usize, &Box<[u8]>)| Some((bytes::decode(text)?.into(), id as u32));
-            vocab.texts.iter().enumerate().filter_map(word).collect()
+            let ids = vocab.texts.iter().zip(0..);
+            ids.filter_map(|(text, id)| Some((bytes::decode(text)?.into(), id))).collect()
         } else {
             HashMap::new()
         };

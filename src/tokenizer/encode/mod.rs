@@ -59,7 +59,7 @@ pub struct TextEncoder {
 
 #[derive(Debug)]
 enum Algorithm {
-    Spm(Spm),
+    Spm(Box<Spm>),
     Bpe(Box<Bpe>),
 }
 
@@ -148,7 +148,7 @@ impl TextEncoder {
             }
         }
         let algorithm = match model.pre {
-            None => Algorithm::Spm(Spm::new(&vocab, unknown)),
+            None => Algorithm::Spm(Box::new(Spm::new(&vocab, unknown))),
             Some(pre) => Algorithm::Bpe(Box::new(Bpe::new(&vocab, pre, merges.into_iter().flatten()))),
         };
         let escape_spaces = model.pre.is_none_or(|p| p.escape_spaces);

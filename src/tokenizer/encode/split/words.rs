@@ -168,15 +168,13 @@ impl Cased {
         // the optional character before the word is taken if the word goes on behind it
         let prefix = i < p.len() && !p.newline(i) && !p.letter(i) && !p.number(i);
         let starts = [prefix.then_some(i + 1), Some(i)];
-        let forms: [fn(&Cased, &Piece, usize) -> Option<usize>; 2] = [Cased::small, Cased::capital];
-        for form in forms {
-            for start in starts.into_iter().flatten() {
-                if let Some(end) = form(self, p, start) {
-                    return end + if self.contractions { p.contraction(end, true) } else { 0 };
-                }
-            }
+        let starts = || starts.into_iter().flatten();
+        let word = starts().find_map(|k| self.small(p, k)).or_else(|| starts().find_map(|k| self.capital(p, k)));
+        match word {
+            Some(end) if self.contractions => end + p.contraction(end, true),
+            Some(end) => end,
+            None => rest(p, i, self.numbers, white),
         }
-        rest(p, i, self.numbers, white)
     }
 
     fn inside(&self, p: &Piece, i: usize) -> bool {
