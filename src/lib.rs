@@ -28,6 +28,7 @@
 
 pub mod arch;
 pub mod calibration;
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod convert;
