@@ -13,8 +13,10 @@ pub mod base_row;
 mod error;
 mod kernel;
 pub mod report;
+pub mod run;
 pub mod stats;
 pub mod summary;
+pub mod tensors;
 pub mod windows;
 
 pub use error::{CheckError, LogitsError};

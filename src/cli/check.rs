@@ -20,6 +20,7 @@ use crate::check::windows::Windows;
 use crate::convert::output;
 use crate::forward::{Activations, Model};
 use crate::gguf;
+use crate::plan::FileType;
 use crate::plan::memory::{human, parse_size};
 
 /// What to compare, on what.
@@ -296,7 +297,7 @@ fn facts(o: &Opened) -> FileFacts {
     FileFacts {
         name: name(&o.path),
         size: o.input.source.files().iter().map(|f| f.bytes().len() as u64).sum(),
-        type_name: file_type.and_then(crate::plan::ftype::name_of).unwrap_or("unknown").to_string(),
+        type_name: file_type.and_then(FileType::of_number).map_or("unknown", FileType::name).to_string(),
         bits_per_weight: bytes as f64 * 8.0 / weights.max(1) as f64,
         weights,
     }

@@ -6,6 +6,7 @@
 mod args;
 mod bar;
 mod calibrate;
+mod check;
 mod convert;
 mod inspect;
 mod lists;
@@ -60,6 +61,8 @@ enum Command {
     /// Run a text through a model: an importance matrix and, if asked for, second moments of every linear's input.
     #[command(visible_alias = "imatrix")]
     Calibrate(calibrate::CalibrateArgs),
+    /// Compare models with a reference over a text: KL divergence, perplexity, top words, errors by tensor and layer.
+    Check(check::CheckArgs),
     /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
     Inspect(inspect::InspectArgs),
     /// Print a completion script.
@@ -201,6 +204,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Convert(a)) => convert::run(a),
         Some(Command::Plan(a)) => plan::run(a),
         Some(Command::Calibrate(a)) => calibrate::run(a),
+        Some(Command::Check(a)) => check::run(a),
         Some(Command::Inspect(a)) => inspect::run(a),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -78,6 +78,11 @@ impl FileType {
     pub const ALIASES: &'static [(&'static str, FileType)] =
         &[("Q3_K", FileType::Q3_K_M), ("Q4_K", FileType::Q4_K_M), ("Q5_K", FileType::Q5_K_M)];
 
+    /// The type of a `general.file_type`.
+    pub fn of_number(number: u64) -> Option<FileType> {
+        FileType::ALL.iter().copied().find(|t| *t as u64 == number)
+    }
+
     /// A name (any case), an alias or a number, as llama-quantize takes them; also the name of a tensor type that has a
     /// file type of its own (`mxfp4`).
     pub fn parse(text: &str) -> Option<FileType> {
@@ -93,11 +98,6 @@ impl FileType {
             .or_else(|| text.eq_ignore_ascii_case("mxfp4").then_some(FileType::MXFP4_MOE))
             .or_else(by_number)
     }
-}
-
-/// The name of a number of `general.file_type`.
-pub fn name_of(number: u64) -> Option<&'static str> {
-    FileType::ALL.iter().find(|t| **t as u64 == number).map(|t| t.name())
 }
 
 #[cfg(test)]
