@@ -10,6 +10,7 @@ use ostq_convert::calibration::collector::{Collector, WeightSpec};
 use ostq_convert::calibration::fingerprint::fingerprint;
 use ostq_convert::calibration::hessian_file::{HessianFile, Origin};
 use ostq_convert::calibration::hessian_write::{HessianSpec, HessianWriter};
+use ostq_convert::calibration::moments::Moments;
 use ostq_convert::gguf;
 use ostq_convert::plan::{Input, Options, Recipe};
 use ostq_convert::source::GgufSource;
@@ -130,6 +131,22 @@ fn an_unfinished_file_leaves_nothing_and_faults_name_the_weight() {
     let mut long = specs();
     long[2].name = "x".repeat(60);
     says(create(long).unwrap_err(), "at most 63");
+}
+
+/// Activations whose squares are too small for f32, as closed gates leave them, are no damage.
+#[test]
+fn squares_that_vanish_are_not_taken_for_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("h.gguf");
+    let mut m = Moments::new(3, true).unwrap();
+    m.add(&[1e-25, 1.0, 0.0, 2e-25, 0.5, 0.0], 2).unwrap();
+    let spec = HessianSpec { name: "w".into(), columns: 3, experts: None, same_as: None };
+    let mut out = HessianWriter::create(&path, vec![spec], &origin(), false).unwrap();
+    out.put("w", &[m]).unwrap();
+    out.finish().unwrap();
+    let h = HessianFile::open(&path).unwrap().lower("w", 0).unwrap();
+    assert_eq!((h[0], h[2]), (0.0, 1.25));
+    assert!((h[1] / 2e-25 - 1.0).abs() < 1e-6, "{h:?}");
 }
 
 /// Overwrites bytes of the good file and opens it.

@@ -6,6 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use common::program::{convert, fixture};
+use ostq_convert::calibration::collector::{Collector, WeightSpec};
+use ostq_convert::calibration::hessian_file::{HessianFile, Origin};
+use ostq_convert::calibration::hessian_write::{HessianSpec, HessianWriter};
 use ostq_convert::calibration::imatrix::Imatrix;
 use ostq_convert::checkpoint::safetensors;
 use ostq_convert::gguf;
@@ -121,6 +124,40 @@ fn importance_matrices() {
     }
     let accepted = attack(&legacy, legacy.len(), 3000, read);
     assert!((10..2990).contains(&accepted), "{accepted} of 3000 accepted");
+}
+
+/// Whatever opens gives its matrices or says why not.
+#[test]
+fn second_moments() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("h");
+    let spec = |name: &str, experts| WeightSpec { name: name.into(), columns: 5, experts, second: true, same_as: None };
+    let same = WeightSpec { same_as: Some("q".into()), ..spec("k", None) };
+    let mut c = Collector::new(vec![spec("q", None), same, spec("up_exps", Some(2))]).unwrap();
+    let x: Vec<f32> = (0..35).map(|i| ((i * i % 11) as f32) - 4.5).collect();
+    c.add("q", None, &x, 7).unwrap();
+    c.add("up_exps", Some(1), &x, 7).unwrap();
+    let specs = c.weights().map(HessianSpec::from).collect();
+    let mut out = HessianWriter::create(&path, specs, &Origin::default(), false).unwrap();
+    out.put("q", c.moments("q").unwrap()).unwrap();
+    out.put("up_exps", c.moments("up_exps").unwrap()).unwrap();
+    out.finish().unwrap();
+    let good = std::fs::read(&path).unwrap();
+    let read = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let Ok(file) = HessianFile::open(&path) else { return false };
+        let all = file.names().iter().flat_map(|n| (0..file.entry(n).unwrap().counts.len()).map(move |e| (n, e)));
+        let whole = |(n, e): (&String, usize)| {
+            let full = file.matrix(n, e).map(|m| m.len());
+            let sum = file.sum(n, e).map(|s| s.len());
+            matches!((full, sum), (Ok(m), Ok(s)) if m == s * s)
+        };
+        // every one of them is asked for
+        all.map(whole).filter(|ok| !ok).count() == 0
+    };
+    assert!(read(&good));
+    let accepted = attack(&good, good.len(), 5000, read);
+    assert!((50..4950).contains(&accepted), "{accepted} of 5000 accepted");
 }
 
 /// The whole program on changed files: every seed ends with a code that is meant.

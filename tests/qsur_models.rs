@@ -13,13 +13,13 @@ use ostq_convert::transform::qsur::{self, Qsur};
 use ostq_convert::transform::qsur_report::{Kind, Report, Row};
 use ostq_convert::transform::spread::Spread;
 
-/// Block-diagonal Hadamard matrix of blocks of 256.
+/// Block-diagonal Hadamard matrix of the largest blocks of a power of two, at most 256.
 fn hadamard(d: usize) -> Vec<f64> {
-    const B: usize = 256;
+    let b = 1 << d.trailing_zeros().min(8);
     let element = |at: usize| {
         let (i, j) = (at / d, at % d);
-        let sign = if ((i % B) & (j % B)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
-        if i / B == j / B { sign / (B as f64).sqrt() } else { 0.0 }
+        let sign = if ((i % b) & (j % b)).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+        if i / b == j / b { sign / (b as f64).sqrt() } else { 0.0 }
     };
     (0..d * d).map(element).collect()
 }
@@ -31,7 +31,7 @@ fn report(folder: &Path) -> Report {
     let mut rows = Vec::new();
     for (index, t) in input.source.tensors().iter().enumerate() {
         let d = t.row_len() as usize;
-        if !t.name.starts_with("blk.0.") || t.rows() == 1 || d % 256 != 0 {
+        if !t.name.starts_with("blk.0.") || t.rows() == 1 {
             continue;
         }
         let mut w = vec![0f32; t.elements() as usize];

@@ -157,7 +157,9 @@ impl HessianFile {
             if entry.counts[expert] == 0 && diagonal != 0.0 {
                 return fail(i, i, "without a token");
             }
-            roots.push(f64::from(diagonal).sqrt() * (1.0 + SLACK));
+            // squares of very small activations vanish in f32, their products with others need not
+            let lost = entry.counts[expert] as f64 * f64::from(f32::MIN_POSITIVE);
+            roots.push((f64::from(diagonal) + lost).sqrt() * (1.0 + SLACK));
         }
         for i in 0..n {
             let row = &h[i * (i + 1) / 2..][..i];

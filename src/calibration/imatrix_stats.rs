@@ -275,8 +275,11 @@ fn cosine(product: f64, a: f64, b: f64) -> f32 {
 mod tests {
     use super::*;
 
-    fn sums(entries: &[(&str, &[f32], &[f32], &[i64])], nextn_layers: u32) -> ImatrixSums {
-        let entry = |(name, sum, sum2, counts): &(&str, &[f32], &[f32], &[i64])| {
+    /// Name, Σx, Σx², counts.
+    type Entry<'a> = (&'a str, &'a [f32], &'a [f32], &'a [i64]);
+
+    fn sums(entries: &[Entry], nextn_layers: u32) -> ImatrixSums {
+        let entry = |(name, sum, sum2, counts): &Entry| {
             let in_sum = (!sum.is_empty()).then(|| sum.to_vec());
             (name.to_string(), Sums { in_sum2: sum2.to_vec(), counts: counts.to_vec(), in_sum })
         };

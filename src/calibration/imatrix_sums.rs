@@ -292,6 +292,7 @@ fn from_legacy(bytes: &[u8]) -> Result<ImatrixSums, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::collector::WeightSpec;
     use super::*;
 
     fn gguf_file(counts: &[f32], in_sum: &[f32]) -> ImatrixSums {
@@ -302,6 +303,31 @@ mod tests {
         };
         let entries = [("w".to_string(), sums)].into();
         ImatrixSums { entries, datasets: vec!["a.txt".into()], chunk_size: 128, ..ImatrixSums::default() }
+    }
+
+    #[test]
+    fn the_sums_of_a_pass() {
+        let spec = |name: &str, experts, same_as: Option<&str>| WeightSpec {
+            name: name.into(),
+            columns: 2,
+            experts,
+            second: false,
+            same_as: same_as.map(str::to_string),
+        };
+        let specs = vec![spec("q", None, None), spec("k", None, Some("q")), spec("a_exps", Some(2), None)];
+        let mut c = Collector::new(specs).unwrap();
+        c.add("q", None, &[1.0, -2.0].repeat(320), 320).unwrap();
+        c.add("k", None, &[1.0, -2.0].repeat(320), 320).unwrap();
+        c.add("a_exps", Some(1), &[3.0, 0.5], 1).unwrap();
+        let sums = ImatrixSums::of(&c, vec!["t".into()], 128).unwrap();
+        let q = Sums { in_sum2: vec![320.0, 1280.0], counts: vec![320], in_sum: Some(vec![320.0, -640.0]) };
+        let in_sum = Some(vec![0.0, 0.0, 3.0, 0.5]);
+        let experts = Sums { in_sum2: vec![0.0, 0.0, 9.0, 0.25], counts: vec![0, 1], in_sum };
+        let exact = [("a_exps", experts), ("k", q.clone()), ("q", q)].map(|(n, s)| (n.to_string(), s));
+        assert_eq!((sums.entries, sums.chunk_count), (exact.into(), 3));
+        c.add("q", None, &[0.0, 1e25], 1).unwrap();
+        let error = ImatrixSums::of(&c, vec![], 128).unwrap_err();
+        assert_eq!(error, "`q`: the sum of squares of column 1 is too large for f32");
     }
 
     #[test]

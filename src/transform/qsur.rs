@@ -23,6 +23,8 @@
 //! where figures must not depend on scale, those of `(Corr + ε I) / (1 + ε)`. It is a diagnostic: what is learned is never
 //! QSUR, and it takes the data to be Gaussian.
 
+use std::f64::consts::PI;
+
 use super::spread::Spread;
 use crate::linalg::{self, LinalgError, Par};
 
@@ -84,9 +86,9 @@ pub struct Qsur {
 impl Spread {
     /// The figures. Takes memory of 2 d² values beside its own, with the paper's form 4 d².
     pub fn qsur(&self, options: &Options, par: Par) -> Result<Qsur, QsurError> {
-        let (d, ε) = (self.dimension(), options.damping);
-        if !(ε >= 0.0 && ε.is_finite()) {
-            return Err(QsurError::Damping(ε));
+        let (d, damping) = (self.dimension(), options.damping);
+        if !(damping >= 0.0 && damping.is_finite()) {
+            return Err(QsurError::Damping(damping));
         }
         if options.block == 0 {
             return Err(QsurError::Block);
@@ -99,7 +101,7 @@ impl Spread {
             return Err(QsurError::NoSpread);
         }
         let mut sigma = self.covariance.clone();
-        (0..d).for_each(|i| sigma[i * d + i] += ε * trace / d as f64);
+        (0..d).for_each(|i| sigma[i * d + i] += damping * trace / d as f64);
         let variance: Vec<f64> = (0..d).map(|i| sigma[i * d + i]).collect();
         let paper = if options.paper { Some(longest_axis(&sigma, d, par)?) } else { None };
         // ln (det Σ)^(1/2d)
@@ -114,14 +116,14 @@ impl Spread {
             block_len: options.block,
             paper: paper.map(|edge| (ln_ball(d) + volume).exp() / edge),
             tensor: volume.exp() / deviation(&variance),
-            channel: self.correlation(ε, par)?,
+            channel: self.correlation(damping, par)?,
             block: (volume - in_blocks).exp(),
             rotation: volume.exp() / rms,
         })
     }
 
     /// `det(Corr)^(1/2d)`, damped. A channel that does not vary correlates with nothing.
-    fn correlation(&self, ε: f64, par: Par) -> Result<f64, QsurError> {
+    fn correlation(&self, damping: f64, par: Par) -> Result<f64, QsurError> {
         let d = self.dimension();
         let inverse: Vec<f64> = (0..d)
             .map(|i| match self.covariance[i * d + i] {
@@ -132,7 +134,7 @@ impl Spread {
         let mut corr = self.covariance.clone();
         for i in 0..d {
             for j in 0..i {
-                corr[i * d + j] *= inverse[i] * inverse[j] / (1.0 + ε);
+                corr[i * d + j] *= inverse[i] * inverse[j] / (1.0 + damping);
             }
             corr[i * d + i] = 1.0;
         }
@@ -152,7 +154,7 @@ fn ln_ball(d: usize) -> f64 {
     // V_d = V_{d-2} · 2π/d, V_0 = 1, V_1 = 2
     let start = if d.is_multiple_of(2) { 0.0 } else { 2f64.ln() };
     let steps = (1..=d).rev().step_by(2).filter(|&n| n >= 2);
-    (start + steps.map(|n| (2.0 * std::f64::consts::PI / n as f64).ln()).sum::<f64>()) / d as f64
+    (start + steps.map(|n| (2.0 * PI / n as f64).ln()).sum::<f64>()) / d as f64
 }
 
 #[cfg(test)]
@@ -191,7 +193,7 @@ mod tests {
 
     /// Normalised Hadamard matrix of a power of two: the sign of (i, j) is the parity of the bits they share.
     fn hadamard(d: usize) -> Vec<f64> {
-        let sign = |at: usize| if ((at / d) & (at % d)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |at: usize| if ((at / d) & (at % d)).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
         (0..d * d).map(|at| sign(at) / (d as f64).sqrt()).collect()
     }
 
@@ -221,9 +223,9 @@ mod tests {
         near(q.block, q.tensor);
         near(q.rotation, 32f64.powf(0.25) / 6.5f64.sqrt());
         // λ₁ = 6.5 + √(2.5² + 2²), q₁ along (2, λ₁ - 4)
-        let λ = 6.5 + 10.25f64.sqrt();
-        let largest = (λ - 4.0) / (4.0 + (λ - 4.0) * (λ - 4.0)).sqrt();
-        near(q.paper.unwrap(), (std::f64::consts::PI * 32f64.sqrt()).sqrt() / (2.0 * λ.sqrt() * largest));
+        let lambda = 6.5 + 10.25f64.sqrt();
+        let largest = (lambda - 4.0) / (4.0 + (lambda - 4.0) * (lambda - 4.0)).sqrt();
+        near(q.paper.unwrap(), (PI * 32f64.sqrt()).sqrt() / (2.0 * lambda.sqrt() * largest));
         let by_one = Options { block: 1, ..EXACT };
         near(spread(&[4.0, 2.0, 2.0, 9.0]).qsur(&by_one, Par::Seq).unwrap().block, q.channel);
     }
@@ -245,7 +247,7 @@ mod tests {
 
     #[test]
     fn the_volume_of_the_ball() {
-        for (d, volume) in [(1, 2.0), (2, 3.141592653589793), (3, 4.1887902047863905), (4, 4.934802200544679)] {
+        for (d, volume) in [(1, 2.0), (2, PI), (3, 4.0 / 3.0 * PI), (4, PI * PI / 2.0)] {
             near((ln_ball(d) * d as f64).exp(), volume);
         }
         assert!(ln_ball(11008).is_finite());
@@ -253,10 +255,10 @@ mod tests {
 
     #[test]
     fn hadamard_reaches_the_optimum_of_a_rotation() {
-        let λ = [9.0, 4.0, 1.0, 0.25, 2.0, 3.0, 0.5, 1.5];
-        let before = diagonal(&λ).qsur(&EXACT, Par::Seq).unwrap();
-        let after = diagonal(&λ).map(&hadamard(8), Par::Seq).unwrap().qsur(&EXACT, Par::Seq).unwrap();
-        let (gm, am) = (λ.iter().product::<f64>().powf(1.0 / 8.0), λ.iter().sum::<f64>() / 8.0);
+        let lambda = [9.0, 4.0, 1.0, 0.25, 2.0, 3.0, 0.5, 1.5];
+        let before = diagonal(&lambda).qsur(&EXACT, Par::Seq).unwrap();
+        let after = diagonal(&lambda).map(&hadamard(8), Par::Seq).unwrap().qsur(&EXACT, Par::Seq).unwrap();
+        let (gm, am) = (lambda.iter().product::<f64>().powf(1.0 / 8.0), lambda.iter().sum::<f64>() / 8.0);
         near(before.tensor, gm.sqrt() / 3.0);
         near(before.rotation, (gm / am).sqrt());
         near(after.tensor, before.rotation);
@@ -274,7 +276,7 @@ mod tests {
         // nearly a ball: a cube around it must have the edge of its diameter, the paper's has less
         let s = diagonal(&[1.0, 0.999]).map(&hadamard(2), Par::Seq).unwrap();
         let q = s.qsur(&EXACT, Par::Seq).unwrap();
-        let possible = (std::f64::consts::PI).sqrt() / 2.0 * q.tensor;
+        let possible = PI.sqrt() / 2.0 * q.tensor;
         assert!(q.paper.unwrap() > 1.4 * possible, "{q:?}");
         assert!(q.paper.unwrap() > 1.0);
     }

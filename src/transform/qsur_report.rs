@@ -116,8 +116,11 @@ impl Report {
     }
 }
 
+/// A title and what it stands for.
+type Figure = (&'static str, fn(&Qsur) -> f64);
+
 /// What is shown of each tensor.
-const FIGURES: [(&str, fn(&Qsur) -> f64); 4] = [
+const FIGURES: [Figure; 4] = [
     ("by tensor", |q| q.tensor),
     ("by channel", |q| q.channel),
     ("by block", |q| q.block),
