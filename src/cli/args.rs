@@ -64,6 +64,16 @@ pub struct ConvertArgs {
     /// Importance matrix: a GGUF or legacy .dat file of llama-imatrix.
     #[arg(long, value_name = "FILE", help_heading = "Importance")]
     imatrix: Option<PathBuf>,
+    /// Make an importance matrix from this text first; several times for several texts. `builtin`: a small general corpus
+    /// that ships with the program.
+    #[arg(long, value_name = "TEXT", conflicts_with = "imatrix", help_heading = "Importance")]
+    calibrate: Vec<PathBuf>,
+    /// At most so many tokens of it, in whole windows.
+    #[arg(long, value_name = "N", help_heading = "Importance")]
+    calibrate_tokens: Option<u64>,
+    /// Tokens of a window of --calibrate and --check [default: 512].
+    #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(8..))]
+    ctx: Option<u32>,
     /// Use only imatrix entries whose name contains this.
     #[arg(long, value_name = "PART", help_heading = "Importance")]
     include_weights: Vec<String>,
@@ -86,6 +96,20 @@ pub struct ConvertArgs {
     /// Name of the pre-tokenizer (tokenizer.ggml.pre), where detection is wrong.
     #[arg(long, value_name = "NAME", help_heading = "Metadata")]
     pre: Option<String>,
+    /// After the conversion, read the file back and show the error of every tensor.
+    #[arg(long, help_heading = "Check")]
+    pub per_tensor: bool,
+    /// After the conversion, compare the file with its source over this text: KL divergence, perplexity, errors by tensor
+    /// and layer.
+    #[arg(long, value_name = "TEXT", help_heading = "Check")]
+    pub check: Option<PathBuf>,
+    /// At most so many windows of it.
+    #[arg(long, value_name = "N", requires = "check", help_heading = "Check", value_parser = clap::value_parser!(u32).range(1..))]
+    pub chunks: Option<u32>,
+    /// Also write what --check finds as one HTML page.
+    #[arg(long, value_name = "FILE", requires = "check", help_heading = "Check")]
+    pub html: Option<PathBuf>,
+
     /// Leave the ostq.* keys out: the file is then the very one that llama.cpp writes.
     #[arg(long, help_heading = "Metadata")]
     no_provenance: bool,
@@ -138,6 +162,11 @@ impl ConvertArgs {
         self.output.as_ref().or(self.outfile.as_ref())
     }
 
+    /// `--threads`, if given.
+    pub fn threads(&self) -> Option<u16> {
+        self.threads
+    }
+
     /// Threads to use.
     pub fn thread_count(&self) -> usize {
         self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
@@ -174,6 +203,9 @@ impl ConvertArgs {
             leave_output_tensor: self.leave_output_tensor,
             pure: self.pure,
             imatrix: self.imatrix.clone(),
+            calibrate: self.calibrate.clone(),
+            calibrate_tokens: self.calibrate_tokens,
+            ctx: self.ctx,
             include_weights: self.include_weights.clone(),
             exclude_weights: self.exclude_weights.clone(),
             override_kv: self.override_kv.clone(),

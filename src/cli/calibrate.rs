@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
+use super::args::ConvertArgs;
 use super::steps::Steps;
 use super::{Failure, REFUSED, RESOURCE, USAGE, print};
+use crate::calibration::imatrix::Imatrix;
 use crate::calibration::imatrix_sums::ImatrixSums;
 use crate::calibration::imatrix_write::{self, Format};
 use crate::calibration::run::{self, Job};
@@ -14,7 +16,7 @@ use crate::calibration::{fingerprint, windows as text};
 use crate::convert::output;
 use crate::forward::Model;
 use crate::plan::memory::{human, parse_size};
-use crate::plan::{Input, Options, Recipe};
+use crate::plan::{BUILT_IN, Input, Options, Recipe};
 use crate::tokenizer::encode::TextEncoder;
 
 /// Which texts, and how much of them. The same words on every command that runs a model over a text.
@@ -181,6 +183,49 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
     Ok(sums)
 }
 
+/// Folder of the state of a run that writes `out`.
+fn state_of(out: &Path) -> PathBuf {
+    let mut name = out.as_os_str().to_os_string();
+    name.push(".ostq-state");
+    name.into()
+}
+
+/// The calibration on the way to a conversion: its importance matrix, which stays in the state folder until the conversion
+/// is done, so that a killed one goes on there.
+pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Path) -> Result<Imatrix, Failure> {
+    let out = args.out().expect("a conversion has an output");
+    let state = state_of(out);
+    let texts: Vec<PathBuf> = recipe.calibrate.iter().filter(|p| p.as_os_str() != BUILT_IN).cloned().collect();
+    if texts.len() < recipe.calibrate.len() && !texts.is_empty() {
+        return Err(Failure::new(USAGE, format!("--calibrate {BUILT_IN} stands alone")));
+    }
+    let ctx = recipe.ctx.unwrap_or(512) as usize;
+    let sums = collect(
+        &Opened::new(input)?,
+        &Request {
+            texts: &texts,
+            ctx,
+            chunks: recipe.calibrate_tokens.map(|n| (n as usize / ctx).max(1)),
+            second: None,
+            output: false,
+            threads: args.threads(),
+            max_memory: args.max_memory,
+            state: &state,
+            quiet: args.quiet,
+        },
+    )?;
+    let path = state.join("imatrix.gguf");
+    imatrix_write::write(&path, &sums, Format::Gguf, true)?;
+    Ok(Imatrix::load(&path)?)
+}
+
+/// The conversion is done: its calibration's state may go.
+pub fn done(args: &ConvertArgs) {
+    if let Some(out) = args.out() {
+        run::forget(&state_of(out));
+    }
+}
+
 /// Calibrates.
 pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     super::convert::install_signal_handlers()?;
@@ -190,11 +235,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     }
     let ctx = args.text.ctx as usize;
     let chunks = args.text.chunks.map(|n| n as usize).or(args.calibrate_tokens.map(|n| (n / ctx).max(1)));
-    let state = args.state.clone().unwrap_or_else(|| {
-        let mut name = args.output.clone().into_os_string();
-        name.push(".ostq-state");
-        name.into()
-    });
+    let state = args.state.clone().unwrap_or_else(|| state_of(&args.output));
     let mut sums = collect(
         &opened,
         &Request {

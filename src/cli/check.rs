@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
 
+use super::args::ConvertArgs;
 use super::calibrate::{Opened, TextArgs, pool};
 use super::steps::Steps;
 use super::{Failure, REFUSED, RESOURCE, USAGE, print};
@@ -143,6 +144,40 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         output::write_new(path, report.html().as_bytes(), args.force)?;
     }
     print::stdout(if args.json { report.json() } else { report.text() }.as_bytes())
+}
+
+/// What `--per-tensor` and `--check` of a conversion ask for: the finished file, read back, against its source.
+pub fn after(args: &ConvertArgs, out: &Path) -> Result<(), Failure> {
+    let source = args.input.as_deref().expect("required by the parser");
+    if let Some(text) = &args.check {
+        return run(CheckArgs {
+            paths: vec![source.to_path_buf(), out.to_path_buf()],
+            text: Some(text.clone()),
+            windows: TextArgs { ctx: args.options()?.recipe.ctx.unwrap_or(512), chunks: args.chunks },
+            activations: ActivationsArg::F32,
+            per_tensor: true,
+            imatrix: None,
+            per_block: true,
+            kl_divergence_base: None,
+            save_all_logits: None,
+            json: args.json,
+            html: args.html.clone(),
+            threads: args.threads(),
+            max_memory: args.max_memory,
+            force: args.force,
+            quiet: args.quiet,
+        });
+    }
+    if !args.per_tensor {
+        return Ok(());
+    }
+    let rows = tensor_rows(&Opened::new(source)?, &Opened::new(out)?, None)?;
+    let mut table = vec![["tensor", "type", "bpw", "relative error"].map(String::from).to_vec()];
+    for t in rows {
+        let (bits, error) = (format!("{:.2}", t.bits_per_weight), format!("{:.3e}", t.relative_error));
+        table.push(vec![t.name, t.type_name, bits, error]);
+    }
+    print::stdout(print::table(&table, &[false, false, true, true]).as_bytes())
 }
 
 /// The text as windows, cut by the models' own tokenizer.

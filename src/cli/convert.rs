@@ -20,7 +20,9 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         return Err(Failure::new(USAGE, "name the file to write: ostq-convert IN OUT.gguf (or --dry-run)"));
     };
     install_signal_handlers()?;
-    let prepared = prepare(&args)?;
+    // before a calibration that takes its time
+    output::check(&out, &[], None, true)?;
+    let prepared = prepare(&args, true)?;
     if args.print_recipe {
         print::stdout(prepared.options.recipe.to_toml().as_bytes())?;
     }
@@ -76,7 +78,9 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         human(done.file_size),
         human((total as f64 / seconds.max(1e-9)) as u64)
     ));
-    report(&args, &out, summary, &done)
+    super::calibrate::done(&args);
+    report(&args, &out, summary, &done)?;
+    super::check::after(&args, &out)
 }
 
 fn report(
@@ -105,7 +109,7 @@ fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(
     let mut inputs: Vec<(u64, u64)> = prepared.input.source.files().iter().map(|f| f.identity()).collect();
     let r = &prepared.options.recipe;
     let mut side: Vec<std::path::PathBuf> =
-        [&r.imatrix, &r.metadata, &r.chat_template].into_iter().flatten().cloned().collect();
+        [&r.imatrix, &r.metadata, &r.chat_template].into_iter().flatten().chain(&r.calibrate).cloned().collect();
     if input.is_dir() {
         side.extend(std::fs::read_dir(input).into_iter().flatten().flatten().map(|e| e.path()));
     }

@@ -18,19 +18,22 @@ pub struct Prepared {
     pub memory: Memory,
 }
 
-/// Opens the input and makes the plan.
-pub fn prepare(args: &ConvertArgs) -> Result<Prepared, Failure> {
+/// Opens the input and makes the plan. `calibrate`: run the calibration that the recipe asks for; a plan alone only
+/// supposes its result.
+pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure> {
     let options = args.options()?;
-    let input = Input::open(args.input.as_deref().expect("required by the parser"), &options)?;
+    let path = args.input.as_deref().expect("required by the parser");
+    let input = Input::open(path, &options)?;
     let r = &options.recipe;
-    let imatrix = match &r.imatrix {
-        Some(path) => {
-            let mut i = Imatrix::load(path)?;
-            i.filter(&r.include_weights, &r.exclude_weights);
-            Some(i)
-        }
-        None => None,
+    let mut imatrix = match &r.imatrix {
+        Some(path) => Some(Imatrix::load(path)?),
+        None if r.calibrate.is_empty() => None,
+        None if calibrate => Some(super::calibrate::before(args, r, path)?),
+        None => Some(supposed(&input)),
     };
+    if let Some(i) = &mut imatrix {
+        i.filter(&r.include_weights, &r.exclude_weights);
+    }
     let keys = provenance::keys(&input, r, imatrix.as_ref());
     let plan = Plan::new(&input, &options, imatrix.as_ref(), keys)?;
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
@@ -38,9 +41,16 @@ pub fn prepare(args: &ConvertArgs) -> Result<Prepared, Failure> {
     Ok(Prepared { input, options, plan, imatrix, memory })
 }
 
+/// An importance matrix as a calibration would give it, all ones: types and sizes depend on its entries only.
+fn supposed(input: &Input) -> Imatrix {
+    let weights = input.source.tensors().iter().filter(|t| t.name.starts_with("blk.") && t.dims.len() > 1);
+    let ones = |t: &crate::source::SourceTensor| vec![1.0; t.row_len() as usize * t.dims.get(2).map_or(1, |&n| n as usize)];
+    Imatrix { entries: weights.map(|t| (t.name.clone(), ones(t))).collect(), ..Imatrix::default() }
+}
+
 /// Prints the plan.
 pub fn run(args: ConvertArgs) -> Result<(), Failure> {
-    let p = prepare(&args)?;
+    let p = prepare(&args, false)?;
     if args.print_recipe {
         return print::stdout(p.options.recipe.to_toml().as_bytes());
     }

@@ -16,7 +16,7 @@ use std::path::Path;
 pub use ftype::FileType;
 pub use input::Input;
 pub use options::{Options, OutType, Target, Via};
-pub use recipe::Recipe;
+pub use recipe::{BUILT_IN, Recipe};
 
 use crate::calibration::imatrix::Imatrix;
 use crate::checkpoint::CheckpointError;
@@ -83,7 +83,7 @@ pub enum PlanError {
     #[error("the output cannot be laid out: {0}")]
     Layout(#[from] GgufError),
     #[error(
-        "{count} tensors need an imatrix for {ty} (the first is `{first}`): give one with --imatrix, or take another type"
+        "{count} tensors need an imatrix for {ty} (the first is `{first}`): give one with --imatrix, let one be made with --calibrate TEXT (or `builtin`), or take another type"
     )]
     NeedsImatrix { count: usize, first: String, ty: String },
     #[error(

@@ -95,6 +95,9 @@ impl Options {
         let r = &recipe;
         let target = match (&r.r#type, &r.outtype) {
             (Some(_), Some(_)) => return Err("--type and --outtype exclude each other".into()),
+            _ if r.imatrix.is_some() && !r.calibrate.is_empty() => {
+                return Err("--imatrix and --calibrate exclude each other".into());
+            }
             (Some(t), None) => parse_type("--type", t)?,
             (None, Some(t)) if t.eq_ignore_ascii_case("auto") => Target::Outtype(None),
             (None, Some(t)) => match OutType::parse(t) {

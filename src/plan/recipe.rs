@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+/// In place of a text: the corpus that ships with the program.
+pub const BUILT_IN: &str = "builtin";
+
 /// What a user can ask for. `None` and empty mean: the default.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
@@ -34,6 +37,14 @@ pub struct Recipe {
     pub pure: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub imatrix: Option<PathBuf>,
+    /// Texts that an importance matrix is made from before the conversion; [`BUILT_IN`] stands for the one that ships.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub calibrate: Vec<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibrate_tokens: Option<u64>,
+    /// Tokens of a window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ctx: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub include_weights: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -72,12 +83,18 @@ impl Recipe {
         let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
         let mut recipe: Recipe = toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
         let folder = path.parent().unwrap_or(Path::new("."));
-        for file in [&mut recipe.imatrix, &mut recipe.metadata, &mut recipe.chat_template].into_iter().flatten() {
-            if file.is_relative() {
+        for file in recipe.files() {
+            if file.is_relative() && file.as_os_str() != BUILT_IN {
                 *file = folder.join(&*file);
             }
         }
         Ok(recipe)
+    }
+
+    /// Every file that it names.
+    fn files(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let one = [&mut self.imatrix, &mut self.metadata, &mut self.chat_template].into_iter().flatten();
+        one.chain(&mut self.calibrate)
     }
 
     /// `over` wins where it says something; lists are appended.
@@ -91,13 +108,21 @@ impl Recipe {
         macro_rules! extend {
             ($($f:ident)*) => { $(self.$f.extend(over.$f);)* };
         }
+        let imatrix_over = over.imatrix.is_some();
         if over.r#type.is_some() || over.outtype.is_some() {
             (self.r#type, self.outtype) = (None, None);
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
+        take!(calibrate_tokens ctx);
+        // an importance matrix comes from one place
+        if !over.calibrate.is_empty() {
+            self.imatrix = None;
+        } else if imatrix_over {
+            self.calibrate.clear();
+        }
         or!(exact leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
-        extend!(tensor_type include_weights exclude_weights override_kv prune_layers);
+        extend!(tensor_type calibrate include_weights exclude_weights override_kv prune_layers);
         self
     }
 
@@ -109,7 +134,7 @@ impl Recipe {
     /// For `ostq.recipe` in the output: as TOML, without folders of this machine.
     pub fn to_portable_toml(&self) -> String {
         let mut r = self.clone();
-        for file in [&mut r.imatrix, &mut r.metadata, &mut r.chat_template].into_iter().flatten() {
+        for file in r.files() {
             if let Some(name) = file.file_name() {
                 *file = PathBuf::from(name);
             }
