@@ -1,11 +1,12 @@
-//! The error of every tensor: kinds by layers, one map for each model, one scale for all.
+//! The error of every tensor: kinds by layers, one map for each model, each with its own scale: differences inside a model
+//! are what types are mixed by, and they are small against those between models.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::chart::{WIDTH, figure, open};
 use super::number::{escape, json, shorten, significant};
-use super::{ModelReport, Report, TensorRow};
+use super::{ModelReport, TensorRow};
 
 /// Steps of the colour scale.
 const STEPS: usize = 8;
@@ -15,16 +16,15 @@ const KINDS: [&str; 8] =
 
 /// A logarithmic colour scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Scale {
+struct Scale {
     low: f64,
     high: f64,
 }
 
 impl Scale {
-    /// Around the errors of all models; `None` if no tensor has one.
-    pub(super) fn of(report: &Report) -> Option<Scale> {
-        let errors = report.models.iter().flat_map(|m| &m.tensors).map(|t| t.relative_error);
-        let positive = errors.filter(|e| *e > 0.0 && e.is_finite());
+    /// Around the errors of a model; `None` if no tensor has one.
+    fn of(m: &ModelReport) -> Option<Scale> {
+        let positive = m.tensors.iter().map(|t| t.relative_error).filter(|e| *e > 0.0 && e.is_finite());
         let (low, high) = positive.fold((f64::INFINITY, 0.0f64), |(a, b), e| (a.min(e), b.max(e)));
         // one value would have no scale
         (high > 0.0).then(|| if high > 1.05 * low { Scale { low, high } } else { Scale { low: low / 2.0, high: high * 2.0 } })
@@ -72,11 +72,9 @@ fn cell(out: &mut String, at: (f64, f64), wide: f64, model: usize, k: usize, t: 
 }
 
 /// The map of a model; empty if its weights were not compared or none differs.
-pub(super) fn render(m: &ModelReport, model: usize, scale: &Scale) -> String {
+pub(super) fn render(m: &ModelReport, model: usize) -> String {
+    let Some(scale) = &Scale::of(m) else { return String::new() };
     let (layered, single) = kinds(&m.tensors);
-    if layered.is_empty() && single.is_empty() {
-        return String::new();
-    }
     let layers = m.tensors.iter().filter_map(|t| t.layer).max().map_or(0, |l| l as usize + 1);
     let wide = ((WIDTH - LEFT - 4.0) / layers.max(1) as f64).min(34.0);
     let singles_at = if layered.is_empty() { 6.0 } else { 6.0 + ROW * layered.len() as f64 + 42.0 };
@@ -115,22 +113,22 @@ pub(super) fn render(m: &ModelReport, model: usize, scale: &Scale) -> String {
             let _ = write!(out, "<text class=\"tick\" x=\"{}\" y=\"{:.1}\">{}</text>", LEFT + 42.0, y + 14.0, escape(&text));
         }
     }
-    out + "</svg>"
+    out + "</svg>" + &key(scale)
 }
 
 /// The colours and what they stand for.
-pub(super) fn key(scale: &Scale) -> String {
-    let wide = (WIDTH - 40.0) / STEPS as f64;
-    let mut out = open(56.0, "Colour scale of the relative error");
-    let _ = write!(out, "<text class=\"label\" x=\"20\" y=\"14\">relative error ‖W − Q‖² / ‖W‖²</text>");
+fn key(scale: &Scale) -> String {
+    let wide = (WIDTH - LEFT - 4.0) / STEPS as f64;
+    let mut out = open(60.0, "Colour scale of the relative error");
+    let _ = write!(out, "<text class=\"label\" x=\"{LEFT}\" y=\"18\">relative error ‖W − Q‖² / ‖W‖²</text>");
     for i in 0..STEPS {
-        let x = 20.0 + wide * i as f64;
-        let _ = write!(out, "<rect class=\"cell q{i}\" x=\"{x:.1}\" y=\"20\" width=\"{wide:.1}\" height=\"14\"/>");
+        let x = LEFT + wide * i as f64;
+        let _ = write!(out, "<rect class=\"cell q{i}\" x=\"{x:.1}\" y=\"26\" width=\"{wide:.1}\" height=\"12\"/>");
     }
     for i in (0..=STEPS).step_by(2) {
-        let (x, text) = (20.0 + wide * i as f64, significant(scale.edge(i), 2));
+        let (x, text) = (LEFT + wide * i as f64, significant(scale.edge(i), 2));
         let anchor = if i == 0 { "start" } else if i == STEPS { "end" } else { "middle" };
-        let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"50\" text-anchor=\"{anchor}\">{text}</text>");
+        let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"53\" text-anchor=\"{anchor}\">{text}</text>");
     }
     out + "</svg>"
 }

@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 
-use super::heat::Scale;
 use super::number::{bytes, count, escape};
 use super::tables::data;
 use super::{Report, bars, heat, lines, scatter, tables};
@@ -78,7 +77,7 @@ pub(super) fn render(report: &Report) -> String {
     let _ = write!(out, "<title>{}</title><style>{STYLE}</style></head><body><main>", escape(&title));
     let _ = write!(out, "<header><h1>{}</h1>{}</header>", escape(&title), facts(report));
     out += &section("Models", "Each model against the reference, over all scored positions.", &tables::headline(report));
-    let _ = write!(out, "<section class=\"reading\"><h2>How to read this</h2>{READING}</section>");
+    let _ = write!(out, "<section class=\"reading\"><h2>How to read this</h2><div class=\"text\">{READING}</div></section>");
 
     let mut quality = chart(
         "Size against KL divergence",
@@ -103,15 +102,12 @@ pub(super) fn render(report: &Report) -> String {
         &grid(&histograms),
     );
 
-    if let Some(scale) = Scale::of(report) {
-        let mut maps = String::new();
-        for (i, m) in report.models.iter().enumerate() {
-            maps += &chart(&m.file.name, &heat::render(m, i, &scale), &escape(&heat::unchanged(m)));
-        }
-        let inner = format!("<div class=\"key\">{}</div>{}", heat::key(&scale), grid(&maps));
-        let lead = "What rounding changed in each tensor, by layer and kind. All models have the same colours.";
-        out += &section("Error of the weights", lead, &inner);
+    let mut maps = String::new();
+    for (i, m) in report.models.iter().enumerate() {
+        maps += &chart(&m.file.name, &heat::render(m, i), &escape(&heat::unchanged(m)));
     }
+    let lead = "What rounding changed in each tensor, by layer and kind. Each map has its own scale of colours.";
+    out += &section("Error of the weights", lead, &grid(&maps));
     let blocks = chart("Behind each block", &lines::blocks(report), "Differences add up from block to block; a jump points at its layer.");
     out += &section("Error of the hidden states", "How the difference grows through the model.", &grid(&blocks));
     if !report.models.is_empty() {

@@ -59,7 +59,7 @@ pub(super) fn headline(report: &Report) -> String {
     );
     for (i, m) in report.models.iter().enumerate() {
         let (s, path) = (&m.summary, format!("/models/{i}/summary"));
-        let p99 = s.kld_percentiles.p99;
+        let (p99, rms) = (s.kld_percentiles.p99, s.p_diff_rms.value);
         let _ = write!(
             out,
             "<tr>{}{}{}{}{}{}</tr>",
@@ -68,7 +68,7 @@ pub(super) fn headline(report: &Report) -> String {
             cell("mean KLD, nats", "num strong", &estimate(&format!("{path}/kld"), s.kld.value, s.kld.error, false)),
             cell("99 % KLD, nats", "num", &data(&format!("{path}/kld_percentiles/p99"), &json(p99), &significant(p99, 3))),
             cell("same top word", "num", &estimate(&format!("{path}/same_top"), s.same_top.value, s.same_top.error, true)),
-            cell("RMS Δp", "num", &estimate(&format!("{path}/p_diff_rms"), s.p_diff_rms.value, s.p_diff_rms.error, true))
+            cell("RMS Δp", "num", &data(&format!("{path}/p_diff_rms/value"), &json(rms), &format!("{} %", significant(100.0 * rms, 3))))
         );
     }
     out + "</tbody></table>"
