@@ -40,7 +40,14 @@ fn open(browser: &Path, dir: &Path, page: &str, flags: &[&str]) -> (String, Vec<
     std::fs::write(&file, page).unwrap();
     let (out, log) = (dir.join("out"), dir.join("log"));
     let mut command = Command::new(browser);
-    command.args(["--headless", "--disable-gpu", "--hide-scrollbars", "--dump-dom", "--enable-logging=stderr", "--virtual-time-budget=10000"]);
+    command.args([
+        "--headless",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--dump-dom",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=10000",
+    ]);
     command.arg(format!("--user-data-dir={}", dir.join("profile").display())).args(flags);
     if std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0) {
         // Chromium refuses to run as root with it
@@ -165,12 +172,17 @@ fn the_page_in_a_browser() {
     let report = synthetic(6);
     let html = report.html();
     let mut modes = BTreeSet::new();
-    for (width, flags) in [(400, &[][..]), (1280, &[]), (768, &[]), (400, &["--blink-settings=preferredColorScheme=0"])] {
+    for (width, flags) in [(400, &[][..]), (1280, &[]), (768, &[]), (400, &["--blink-settings=preferredColorScheme=0"])]
+    {
         let seen = probe(&browser, &html, width, flags);
         let dark = seen["dark"].as_bool().unwrap();
         modes.insert(dark);
         let what = format!("{width} px, {}", if dark { "dark" } else { "light" });
-        assert_eq!((seen["client"].as_u64(), seen["scroll"].as_u64()), (Some(width.into()), Some(width.into())), "{what}");
+        assert_eq!(
+            (seen["client"].as_u64(), seen["scroll"].as_u64()),
+            (Some(width.into()), Some(width.into())),
+            "{what}"
+        );
         for key in ["wide", "faint", "small", "cut"] {
             assert_eq!(seen[key], Json::Array(vec![]), "{what}: {key}");
         }

@@ -11,8 +11,7 @@ use super::{ModelReport, TensorRow};
 /// Steps of the colour scale.
 const STEPS: usize = 8;
 /// The order in which a block computes; others follow as they come.
-const KINDS: [&str; 8] =
-    ["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+const KINDS: [&str; 8] = ["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 
 /// A logarithmic colour scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,7 +26,8 @@ impl Scale {
         let positive = m.tensors.iter().map(|t| t.relative_error).filter(|e| *e > 0.0 && e.is_finite());
         let (low, high) = positive.fold((f64::INFINITY, 0.0f64), |(a, b), e| (a.min(e), b.max(e)));
         // one value would have no scale
-        (high > 0.0).then(|| if high > 1.05 * low { Scale { low, high } } else { Scale { low: low / 2.0, high: high * 2.0 } })
+        (high > 0.0)
+            .then(|| if high > 1.05 * low { Scale { low, high } } else { Scale { low: low / 2.0, high: high * 2.0 } })
     }
 
     fn edge(&self, i: usize) -> f64 {
@@ -83,7 +83,12 @@ pub(super) fn render(m: &ModelReport, model: usize) -> String {
     let mut out = open(height, &title);
     let name = |out: &mut String, kind: &str, y: f64| {
         let text = escape(&shorten(kind, 14));
-        let _ = write!(out, "<text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>", LEFT - 6.0, y + 14.0);
+        let _ = write!(
+            out,
+            "<text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>",
+            LEFT - 6.0,
+            y + 14.0
+        );
     };
     for (r, kind) in layered.iter().enumerate() {
         let y = 6.0 + ROW * r as f64;
@@ -99,10 +104,18 @@ pub(super) fn render(m: &ModelReport, model: usize) -> String {
         let every = ((layers as f64 * 24.0 / (WIDTH - LEFT)).ceil() as usize).max(1);
         for layer in (0..layers).step_by([1, 2, 5, 10, 20, 50].into_iter().find(|e| *e >= every).unwrap_or(100)) {
             let x = LEFT + wide * (layer as f64 + 0.5);
-            let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{layer}</text>", y + 12.0);
+            let _ = write!(
+                out,
+                "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{layer}</text>",
+                y + 12.0
+            );
         }
         let middle = LEFT + wide * layers as f64 / 2.0;
-        let _ = write!(out, "<text class=\"label\" x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">layer</text>", y + 28.0);
+        let _ = write!(
+            out,
+            "<text class=\"label\" x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">layer</text>",
+            y + 28.0
+        );
     }
     for (r, kind) in single.iter().enumerate() {
         let y = singles_at + ROW * r as f64;
@@ -110,7 +123,13 @@ pub(super) fn render(m: &ModelReport, model: usize) -> String {
         for (k, t) in m.tensors.iter().enumerate().filter(|(_, t)| t.kind == *kind && t.layer.is_none()) {
             cell(&mut out, (LEFT, y), 34.0, model, k, t, scale);
             let text = format!("{}, {}", significant(t.relative_error, 2), t.type_name);
-            let _ = write!(out, "<text class=\"tick\" x=\"{}\" y=\"{:.1}\">{}</text>", LEFT + 42.0, y + 14.0, escape(&text));
+            let _ = write!(
+                out,
+                "<text class=\"tick\" x=\"{}\" y=\"{:.1}\">{}</text>",
+                LEFT + 42.0,
+                y + 14.0,
+                escape(&text)
+            );
         }
     }
     out + "</svg>" + &key(scale)
@@ -127,7 +146,13 @@ fn key(scale: &Scale) -> String {
     }
     for i in (0..=STEPS).step_by(2) {
         let (x, text) = (LEFT + wide * i as f64, significant(scale.edge(i), 2));
-        let anchor = if i == 0 { "start" } else if i == STEPS { "end" } else { "middle" };
+        let anchor = if i == 0 {
+            "start"
+        } else if i == STEPS {
+            "end"
+        } else {
+            "middle"
+        };
         let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"53\" text-anchor=\"{anchor}\">{text}</text>");
     }
     out + "</svg>"

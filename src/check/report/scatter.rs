@@ -68,7 +68,13 @@ pub(super) fn render(report: &Report) -> String {
         return String::new();
     }
     let largest = models.iter().map(|m| m.file.size).max().unwrap_or(0) as f64;
-    let (unit, name) = if largest >= 1e9 { (1e9, "GB") } else if largest >= 1e6 { (1e6, "MB") } else { (1e3, "kB") };
+    let (unit, name) = if largest >= 1e9 {
+        (1e9, "GB")
+    } else if largest >= 1e6 {
+        (1e6, "MB")
+    } else {
+        (1e3, "kB")
+    };
     let size = |m: &ModelReport| m.file.size as f64 / unit;
     let frame = Frame {
         // room for marks and labels at the ends
