@@ -187,9 +187,8 @@ fn its_files_and_its_figures() {
 
     // without the 16 bits: close to it, and nowhere negative
     let next = |i: usize| windows.next(&window(i)).to_vec();
-    let exact: Vec<Position> = (0..CHUNKS)
-        .flat_map(|i| stats::compare_rows(&reference[i], &model[i], n_vocab, &next(i)).unwrap())
-        .collect();
+    let exact: Vec<Position> =
+        (0..CHUNKS).flat_map(|i| stats::compare_rows(&reference[i], &model[i], n_vocab, &next(i)).unwrap()).collect();
     for (exact, stored) in exact.iter().zip(&records) {
         // half a step of ln P, 1.2e-4, first order; and the words below e^-16
         assert!((exact.kld - stored.kld).abs() < 3e-4, "{exact:?} {stored:?}");

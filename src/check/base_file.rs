@@ -107,7 +107,10 @@ impl BaseFile {
         let refuse = |why: String| CheckError::file(path, why);
         let meta = std::fs::metadata(path).map_err(io)?;
         if !meta.is_file() {
-            return Err(refuse(format!("{}, not a file", if meta.is_dir() { "a folder" } else { "a device or a pipe" })));
+            return Err(refuse(format!(
+                "{}, not a file",
+                if meta.is_dir() { "a folder" } else { "a device or a pipe" }
+            )));
         }
         let file = File::open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
@@ -187,7 +190,10 @@ impl BaseFile {
         for i in 0..self.windows.scored() {
             let Some(row) = chunk.row(i) else { continue };
             if !(row.scale.is_finite() && row.scale >= 0.0 && row.min_log_prob.is_finite()) {
-                let why = format!("window {}, position {i}: scale {}, min_log_prob {}: ", self.at, row.scale, row.min_log_prob);
+                let why = format!(
+                    "window {}, position {i}: scale {}, min_log_prob {}: ",
+                    self.at, row.scale, row.min_log_prob
+                );
                 return Err(CheckError::file(&self.path, why + "the model that wrote it was broken, or the file is"));
             }
         }
@@ -397,7 +403,11 @@ mod tests {
         let file = BaseFile::open(&path).unwrap();
         assert!(file.expect(11, None).is_ok() && file.expect(11, Some(8)).is_ok());
         let why = |v, c| file.expect(v, c).unwrap_err().to_string();
-        assert!(why(12, None).ends_with("base: made from a vocabulary of 11 words, the model has 12"), "{}", why(12, None));
+        assert!(
+            why(12, None).ends_with("base: made from a vocabulary of 11 words, the model has 12"),
+            "{}",
+            why(12, None)
+        );
         assert!(why(11, Some(512)).contains("windows of 8 tokens, 512 are asked for"));
     }
 
@@ -424,7 +434,10 @@ mod tests {
             (vec![], "0 bytes are not even a header"),
             (good[..19].to_vec(), "19 bytes are not even a header"),
             (with(0, b"_LOGITS_"), "does not begin with `_logits_`"),
-            (good[..good.len() - 1].to_vec(), "truncated: 3 windows of 8 tokens, 11 words make 404 bytes, the file has 403, which is 2 whole windows"),
+            (
+                good[..good.len() - 1].to_vec(),
+                "truncated: 3 windows of 8 tokens, 11 words make 404 bytes, the file has 403, which is 2 whole windows",
+            ),
             (good[..100].to_vec(), "0 whole windows"),
             ([&good[..], &[0]].concat(), "1 bytes too long"),
             (with(8, &2u32.to_le_bytes()), "n_ctx is 2"),

@@ -291,7 +291,8 @@ mod tests {
             for u in [u, u * 1e-3, u * 1e-6] {
                 let x = f64::from(u);
                 // the series in f64; the formula itself has no digits left at 1e-9
-                let want: f64 = (2..20).rev().fold(0.0, |s, k| s + (-x).powi(k) / (1..=k).map(f64::from).product::<f64>());
+                let want: f64 =
+                    (2..20).rev().fold(0.0, |s, k| s + (-x).powi(k) / (1..=k).map(f64::from).product::<f64>());
                 let got = f64::from(phi(u));
                 assert!((got - want).abs() <= 4e-7 * want, "{u}: {got:e}, {want:e}");
             }

@@ -282,7 +282,8 @@ mod tests {
         for (bad, text) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
             let mut row = good.clone();
             row[555] = bad;
-            let errors = [compare(&good, &row, 1), compare(&row, &good, 1), nll(&row, 555).map(|_| Position::default())];
+            let errors =
+                [compare(&good, &row, 1), compare(&row, &good, 1), nll(&row, 555).map(|_| Position::default())];
             for (error, side) in errors.into_iter().zip(["model", "reference", "model"]) {
                 let text = format!("{side}: the logit of word 555 is {text};");
                 assert!(error.clone().is_err_and(|e| e.to_string().starts_with(&text)), "{error:?}");

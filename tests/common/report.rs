@@ -1,8 +1,6 @@
 //! A report of made-up figures: five models of thirty layers, names that try to be markup, a model that is the reference.
 
-use ostq_convert::check::report::{
-    BlockRow, FORMAT, FileFacts, ModelReport, Report, RunFacts, TensorRow, TextFacts,
-};
+use ostq_convert::check::report::{BlockRow, FORMAT, FileFacts, ModelReport, Report, RunFacts, TensorRow, TextFacts};
 use ostq_convert::check::stats::Position;
 use ostq_convert::check::summary::{Perplexity, Rules};
 use ostq_convert::check::windows::Windows;
@@ -67,7 +65,8 @@ fn model(name: &str, ty: &str, bits: f64, noise: f64, windows: Windows) -> Model
             weighted_error: (!exact).then_some(error * 0.7),
         }
     };
-    let mut rows = vec![tensor("token_embd.weight".into(), 49152 * 576, 0.5), tensor("output_norm.weight".into(), 576, 1.0)];
+    let mut rows =
+        vec![tensor("token_embd.weight".into(), 49152 * 576, 0.5), tensor("output_norm.weight".into(), 576, 1.0)];
     for layer in 0..LAYERS {
         for (k, (kind, weights)) in KINDS.iter().enumerate() {
             let at = 0.5 + 0.25 * k as f64 + f64::from(layer) / 30.0;

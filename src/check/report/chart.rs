@@ -183,7 +183,11 @@ pub(super) fn marker(i: usize, (x, y): (f64, f64), size: f64, attributes: &str, 
     let title = if title.is_empty() { String::new() } else { format!("<title>{}</title>", escape(title)) };
     let s = size;
     let points = match i % SHAPES {
-        0 => return format!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{s:.1}\" {attributes}>{title}</circle>"),
+        0 => {
+            return format!(
+                "<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{s:.1}\" {attributes}>{title}</circle>"
+            );
+        }
         1 => vec![(-s, -s), (s, -s), (s, s), (-s, s)],
         2 => vec![(0.0, -1.3 * s), (1.2 * s, s), (-1.2 * s, s)],
         _ => vec![(0.0, -1.4 * s), (1.4 * s, 0.0), (0.0, 1.4 * s), (-1.4 * s, 0.0)],

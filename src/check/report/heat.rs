@@ -1,33 +1,33 @@
-//! The error of every tensor: kinds by layers, one map for each model, one scale for all.
+//! The error of every tensor: kinds by layers, one map for each model, each with its own scale: differences inside a model
+//! are what types are mixed by, and they are small against those between models.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::chart::{WIDTH, figure, open};
 use super::number::{escape, json, shorten, significant};
-use super::{ModelReport, Report, TensorRow};
+use super::{ModelReport, TensorRow};
 
 /// Steps of the colour scale.
 const STEPS: usize = 8;
 /// The order in which a block computes; others follow as they come.
-const KINDS: [&str; 8] =
-    ["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+const KINDS: [&str; 8] = ["attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
 
 /// A logarithmic colour scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Scale {
+struct Scale {
     low: f64,
     high: f64,
 }
 
 impl Scale {
-    /// Around the errors of all models; `None` if no tensor has one.
-    pub(super) fn of(report: &Report) -> Option<Scale> {
-        let errors = report.models.iter().flat_map(|m| &m.tensors).map(|t| t.relative_error);
-        let positive = errors.filter(|e| *e > 0.0 && e.is_finite());
+    /// Around the errors of a model; `None` if no tensor has one.
+    fn of(m: &ModelReport) -> Option<Scale> {
+        let positive = m.tensors.iter().map(|t| t.relative_error).filter(|e| *e > 0.0 && e.is_finite());
         let (low, high) = positive.fold((f64::INFINITY, 0.0f64), |(a, b), e| (a.min(e), b.max(e)));
         // one value would have no scale
-        (high > 0.0).then(|| if high > 1.05 * low { Scale { low, high } } else { Scale { low: low / 2.0, high: high * 2.0 } })
+        (high > 0.0)
+            .then(|| if high > 1.05 * low { Scale { low, high } } else { Scale { low: low / 2.0, high: high * 2.0 } })
     }
 
     fn edge(&self, i: usize) -> f64 {
@@ -72,11 +72,9 @@ fn cell(out: &mut String, at: (f64, f64), wide: f64, model: usize, k: usize, t: 
 }
 
 /// The map of a model; empty if its weights were not compared or none differs.
-pub(super) fn render(m: &ModelReport, model: usize, scale: &Scale) -> String {
+pub(super) fn render(m: &ModelReport, model: usize) -> String {
+    let Some(scale) = &Scale::of(m) else { return String::new() };
     let (layered, single) = kinds(&m.tensors);
-    if layered.is_empty() && single.is_empty() {
-        return String::new();
-    }
     let layers = m.tensors.iter().filter_map(|t| t.layer).max().map_or(0, |l| l as usize + 1);
     let wide = ((WIDTH - LEFT - 4.0) / layers.max(1) as f64).min(34.0);
     let singles_at = if layered.is_empty() { 6.0 } else { 6.0 + ROW * layered.len() as f64 + 42.0 };
@@ -85,7 +83,12 @@ pub(super) fn render(m: &ModelReport, model: usize, scale: &Scale) -> String {
     let mut out = open(height, &title);
     let name = |out: &mut String, kind: &str, y: f64| {
         let text = escape(&shorten(kind, 14));
-        let _ = write!(out, "<text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>", LEFT - 6.0, y + 14.0);
+        let _ = write!(
+            out,
+            "<text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>",
+            LEFT - 6.0,
+            y + 14.0
+        );
     };
     for (r, kind) in layered.iter().enumerate() {
         let y = 6.0 + ROW * r as f64;
@@ -101,10 +104,18 @@ pub(super) fn render(m: &ModelReport, model: usize, scale: &Scale) -> String {
         let every = ((layers as f64 * 24.0 / (WIDTH - LEFT)).ceil() as usize).max(1);
         for layer in (0..layers).step_by([1, 2, 5, 10, 20, 50].into_iter().find(|e| *e >= every).unwrap_or(100)) {
             let x = LEFT + wide * (layer as f64 + 0.5);
-            let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{layer}</text>", y + 12.0);
+            let _ = write!(
+                out,
+                "<text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{layer}</text>",
+                y + 12.0
+            );
         }
         let middle = LEFT + wide * layers as f64 / 2.0;
-        let _ = write!(out, "<text class=\"label\" x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">layer</text>", y + 28.0);
+        let _ = write!(
+            out,
+            "<text class=\"label\" x=\"{middle:.1}\" y=\"{:.1}\" text-anchor=\"middle\">layer</text>",
+            y + 28.0
+        );
     }
     for (r, kind) in single.iter().enumerate() {
         let y = singles_at + ROW * r as f64;
@@ -112,25 +123,37 @@ pub(super) fn render(m: &ModelReport, model: usize, scale: &Scale) -> String {
         for (k, t) in m.tensors.iter().enumerate().filter(|(_, t)| t.kind == *kind && t.layer.is_none()) {
             cell(&mut out, (LEFT, y), 34.0, model, k, t, scale);
             let text = format!("{}, {}", significant(t.relative_error, 2), t.type_name);
-            let _ = write!(out, "<text class=\"tick\" x=\"{}\" y=\"{:.1}\">{}</text>", LEFT + 42.0, y + 14.0, escape(&text));
+            let _ = write!(
+                out,
+                "<text class=\"tick\" x=\"{}\" y=\"{:.1}\">{}</text>",
+                LEFT + 42.0,
+                y + 14.0,
+                escape(&text)
+            );
         }
     }
-    out + "</svg>"
+    out + "</svg>" + &key(scale)
 }
 
 /// The colours and what they stand for.
-pub(super) fn key(scale: &Scale) -> String {
-    let wide = (WIDTH - 40.0) / STEPS as f64;
-    let mut out = open(56.0, "Colour scale of the relative error");
-    let _ = write!(out, "<text class=\"label\" x=\"20\" y=\"14\">relative error ‖W − Q‖² / ‖W‖²</text>");
+fn key(scale: &Scale) -> String {
+    let wide = (WIDTH - LEFT - 4.0) / STEPS as f64;
+    let mut out = open(60.0, "Colour scale of the relative error");
+    let _ = write!(out, "<text class=\"label\" x=\"{LEFT}\" y=\"18\">relative error ‖W − Q‖² / ‖W‖²</text>");
     for i in 0..STEPS {
-        let x = 20.0 + wide * i as f64;
-        let _ = write!(out, "<rect class=\"cell q{i}\" x=\"{x:.1}\" y=\"20\" width=\"{wide:.1}\" height=\"14\"/>");
+        let x = LEFT + wide * i as f64;
+        let _ = write!(out, "<rect class=\"cell q{i}\" x=\"{x:.1}\" y=\"26\" width=\"{wide:.1}\" height=\"12\"/>");
     }
     for i in (0..=STEPS).step_by(2) {
-        let (x, text) = (20.0 + wide * i as f64, significant(scale.edge(i), 2));
-        let anchor = if i == 0 { "start" } else if i == STEPS { "end" } else { "middle" };
-        let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"50\" text-anchor=\"{anchor}\">{text}</text>");
+        let (x, text) = (LEFT + wide * i as f64, significant(scale.edge(i), 2));
+        let anchor = if i == 0 {
+            "start"
+        } else if i == STEPS {
+            "end"
+        } else {
+            "middle"
+        };
+        let _ = write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"53\" text-anchor=\"{anchor}\">{text}</text>");
     }
     out + "</svg>"
 }

@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 
-use super::heat::Scale;
 use super::number::{bytes, count, escape};
 use super::tables::data;
 use super::{Report, bars, heat, lines, scatter, tables};
@@ -32,7 +31,14 @@ fn facts(report: &Report) -> String {
     let source = if run.from_base_file { "a file of its log-probabilities (16 bits)" } else { "logits in f32" };
     let rows = [
         ("reference", format!("{} ({source})", escape(&run.reference.name))),
-        ("text", format!("{}, {}", escape(&run.text.name), data("/run/text/size", &run.text.size.to_string(), &bytes(run.text.size)))),
+        (
+            "text",
+            format!(
+                "{}, {}",
+                escape(&run.text.name),
+                data("/run/text/size", &run.text.size.to_string(), &bytes(run.text.size))
+            ),
+        ),
         ("windows", format!("{} of {} tokens", n("/run/n_chunks", run.n_chunks), n("/run/n_ctx", run.n_ctx))),
         ("scored positions", n("/run/positions", run.positions)),
         ("vocabulary", format!("{} words", n("/run/n_vocab", run.n_vocab))),
@@ -77,8 +83,12 @@ pub(super) fn render(report: &Report) -> String {
     let title = format!("{} against its quantized models", report.run.reference.name);
     let _ = write!(out, "<title>{}</title><style>{STYLE}</style></head><body><main>", escape(&title));
     let _ = write!(out, "<header><h1>{}</h1>{}</header>", escape(&title), facts(report));
-    out += &section("Models", "Each model against the reference, over all scored positions.", &tables::headline(report));
-    let _ = write!(out, "<section class=\"reading\"><h2>How to read this</h2>{READING}</section>");
+    out +=
+        &section("Models", "Each model against the reference, over all scored positions.", &tables::headline(report));
+    let _ = write!(
+        out,
+        "<section class=\"reading\"><h2>How to read this</h2><div class=\"text\">{READING}</div></section>"
+    );
 
     let mut quality = chart(
         "Size against KL divergence",
@@ -103,19 +113,24 @@ pub(super) fn render(report: &Report) -> String {
         &grid(&histograms),
     );
 
-    if let Some(scale) = Scale::of(report) {
-        let mut maps = String::new();
-        for (i, m) in report.models.iter().enumerate() {
-            maps += &chart(&m.file.name, &heat::render(m, i, &scale), &escape(&heat::unchanged(m)));
-        }
-        let inner = format!("<div class=\"key\">{}</div>{}", heat::key(&scale), grid(&maps));
-        let lead = "What rounding changed in each tensor, by layer and kind. All models have the same colours.";
-        out += &section("Error of the weights", lead, &inner);
+    let mut maps = String::new();
+    for (i, m) in report.models.iter().enumerate() {
+        maps += &chart(&m.file.name, &heat::render(m, i), &escape(&heat::unchanged(m)));
     }
-    let blocks = chart("Behind each block", &lines::blocks(report), "Differences add up from block to block; a jump points at its layer.");
+    let lead = "What rounding changed in each tensor, by layer and kind. Each map has its own scale of colours.";
+    out += &section("Error of the weights", lead, &grid(&maps));
+    let blocks = chart(
+        "Behind each block",
+        &lines::blocks(report),
+        "Differences add up from block to block; a jump points at its layer.",
+    );
     out += &section("Error of the hidden states", "How the difference grows through the model.", &grid(&blocks));
     if !report.models.is_empty() {
-        out += &section("All figures", "The figures that llama-perplexity prints, under its names.", &tables::all_figures(report));
+        out += &section(
+            "All figures",
+            "The figures that llama-perplexity prints, under its names.",
+            &tables::all_figures(report),
+        );
     }
     let mut tensors = String::new();
     for (i, m) in report.models.iter().enumerate().filter(|(_, m)| !m.tensors.is_empty()) {
@@ -129,7 +144,11 @@ pub(super) fn render(report: &Report) -> String {
         );
     }
     out += &section("Tensors", "In the order of the file.", &tensors);
-    let _ = write!(out, "<footer><p>Made by {}. Formulas: docs/check.md of its sources.</p></footer>", escape(&report.program));
+    let _ = write!(
+        out,
+        "<footer><p>Made by {}. Formulas: docs/check.md of its sources.</p></footer>",
+        escape(&report.program)
+    );
     out + "</main></body></html>\n"
 }
 
@@ -142,7 +161,8 @@ mod tests {
     use super::STYLE;
 
     fn variables(block: &str) -> Vec<(String, [f64; 3])> {
-        let colours = block.lines().filter_map(|l| l.trim().strip_prefix("--")?.trim_end_matches(';').split_once(": #"));
+        let colours =
+            block.lines().filter_map(|l| l.trim().strip_prefix("--")?.trim_end_matches(';').split_once(": #"));
         colours
             .map(|(name, hex)| {
                 assert_eq!(hex.len(), 6, "{name}");
@@ -164,7 +184,8 @@ mod tests {
         let dark = dark.split_once("}\n}").unwrap().0;
         for (mode, block) in [("light", light), ("dark", dark)] {
             let all = variables(block);
-            let get = |n: &str| luminance(all.iter().find(|v| v.0 == n).unwrap_or_else(|| panic!("{mode}: no --{n}")).1);
+            let get =
+                |n: &str| luminance(all.iter().find(|v| v.0 == n).unwrap_or_else(|| panic!("{mode}: no --{n}")).1);
             let contrast = |a: f64, b: f64| (a.max(b) + 0.05) / (a.min(b) + 0.05);
             for ground in ["page", "card"] {
                 for text in ["ink", "soft", "link"] {

@@ -57,7 +57,12 @@ pub(super) fn blocks(report: &Report) -> String {
             (i, m.file.name.as_str(), m.blocks.iter().enumerate().map(point).collect())
         })
         .collect();
-    render(&series, "Relative difference of hidden states by block", "block (layer)", "relative difference of hidden states")
+    render(
+        &series,
+        "Relative difference of hidden states by block",
+        "block (layer)",
+        "relative difference of hidden states",
+    )
 }
 
 /// Mean KL divergence along the window.

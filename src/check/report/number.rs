@@ -136,7 +136,10 @@ mod tests {
         assert_eq!(with_error(1.2e-6, 3.4e-8), "1.20·10⁻⁶ ± 3.4·10⁻⁸");
         assert_eq!(with_error(0.5, 0.0), "0.5000");
         assert_eq!((power_of_ten(-2), power_of_ten(-7), power_of_ten(0)), ("0.01".into(), "10⁻⁷".into(), "1".into()));
-        assert_eq!((bytes(999), bytes(19_227_328), bytes(4_700_000_000)), ("999 B".into(), "19.2 MB".into(), "4.70 GB".into()));
+        assert_eq!(
+            (bytes(999), bytes(19_227_328), bytes(4_700_000_000)),
+            ("999 B".into(), "19.2 MB".into(), "4.70 GB".into())
+        );
         assert_eq!((count(12), count(1234567)), ("12".into(), "1\u{202f}234\u{202f}567".into()));
     }
 

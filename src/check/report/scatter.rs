@@ -68,10 +68,17 @@ pub(super) fn render(report: &Report) -> String {
         return String::new();
     }
     let largest = models.iter().map(|m| m.file.size).max().unwrap_or(0) as f64;
-    let (unit, name) = if largest >= 1e9 { (1e9, "GB") } else if largest >= 1e6 { (1e6, "MB") } else { (1e3, "kB") };
+    let (unit, name) = if largest >= 1e9 {
+        (1e9, "GB")
+    } else if largest >= 1e6 {
+        (1e6, "MB")
+    } else {
+        (1e3, "kB")
+    };
     let size = |m: &ModelReport| m.file.size as f64 / unit;
     let frame = Frame {
-        x: Axis::linear(models.iter().map(size)),
+        // room for marks and labels at the ends
+        x: Axis::linear(models.iter().flat_map(|m| [0.94 * size(m), 1.06 * size(m)])),
         y: Axis::log(models.iter().map(|m| m.summary.kld.value)),
         height: 330.0,
     };

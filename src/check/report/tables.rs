@@ -23,7 +23,8 @@ fn estimate(path: &str, value: f64, error: f64, percent: bool) -> String {
     let shown = with_error(value * scale, error * scale);
     let (v, e) = shown.split_once(" ± ").unwrap_or((&shown, ""));
     let v = data(&format!("{path}/value"), &json(value), v);
-    let e = if e.is_empty() { String::new() } else { format!(" ± {}", data(&format!("{path}/error"), &json(error), e)) };
+    let e =
+        if e.is_empty() { String::new() } else { format!(" ± {}", data(&format!("{path}/error"), &json(error), e)) };
     format!("<span class=\"v\">{v}{e}{unit}</span>")
 }
 
@@ -31,7 +32,9 @@ fn facts(path: &str, f: &FileFacts) -> String {
     let name = format!("<th scope=\"row\" class=\"file\">{}</th>", escape(&f.name));
     let size = data(&format!("{path}/size"), &f.size.to_string(), &bytes(f.size));
     let bits = data(&format!("{path}/bits_per_weight"), &json(f.bits_per_weight), &significant(f.bits_per_weight, 3));
-    name + &cell("type", "", &escape(&f.type_name)) + &cell("size", "num", &size) + &cell("bits per weight", "num", &bits)
+    name + &cell("type", "", &escape(&f.type_name))
+        + &cell("size", "num", &size)
+        + &cell("bits per weight", "num", &bits)
 }
 
 /// All models, one row each, and the reference.
@@ -44,9 +47,8 @@ pub(super) fn headline(report: &Report) -> String {
          <th scope=\"col\" class=\"num\">RMS Δp</th></tr></thead><tbody>",
     );
     let run = &report.run;
-    let alone = run.reference_perplexity.map(|p| {
-        estimate("/run/reference_perplexity/ppl", p.ppl.value, p.ppl.error, false)
-    });
+    let alone =
+        run.reference_perplexity.map(|p| estimate("/run/reference_perplexity/ppl", p.ppl.value, p.ppl.error, false));
     let _ = write!(
         out,
         "<tr class=\"reference\">{}{}{}{}{}{}</tr>",
@@ -59,16 +61,28 @@ pub(super) fn headline(report: &Report) -> String {
     );
     for (i, m) in report.models.iter().enumerate() {
         let (s, path) = (&m.summary, format!("/models/{i}/summary"));
-        let p99 = s.kld_percentiles.p99;
+        let (p99, rms) = (s.kld_percentiles.p99, s.p_diff_rms.value);
         let _ = write!(
             out,
             "<tr>{}{}{}{}{}{}</tr>",
             facts(&format!("/models/{i}/file"), &m.file),
             cell("perplexity", "num", &estimate(&format!("{path}/ppl"), s.ppl.value, s.ppl.error, false)),
             cell("mean KLD, nats", "num strong", &estimate(&format!("{path}/kld"), s.kld.value, s.kld.error, false)),
-            cell("99 % KLD, nats", "num", &data(&format!("{path}/kld_percentiles/p99"), &json(p99), &significant(p99, 3))),
-            cell("same top word", "num", &estimate(&format!("{path}/same_top"), s.same_top.value, s.same_top.error, true)),
-            cell("RMS Δp", "num", &estimate(&format!("{path}/p_diff_rms"), s.p_diff_rms.value, s.p_diff_rms.error, true))
+            cell(
+                "99 % KLD, nats",
+                "num",
+                &data(&format!("{path}/kld_percentiles/p99"), &json(p99), &significant(p99, 3))
+            ),
+            cell(
+                "same top word",
+                "num",
+                &estimate(&format!("{path}/same_top"), s.same_top.value, s.same_top.error, true)
+            ),
+            cell(
+                "RMS Δp",
+                "num",
+                &data(&format!("{path}/p_diff_rms/value"), &json(rms), &format!("{} %", significant(100.0 * rms, 3)))
+            )
         );
     }
     out + "</tbody></table>"
@@ -84,7 +98,9 @@ fn one(path: &str, f: &Figure) -> String {
 
 /// Every figure of every model.
 pub(super) fn all_figures(report: &Report) -> String {
-    let mut out = String::from("<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"All figures\"><table><thead><tr><th scope=\"col\">figure</th>");
+    let mut out = String::from(
+        "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"All figures\"><table><thead><tr><th scope=\"col\">figure</th>",
+    );
     for m in &report.models {
         let _ = write!(out, "<th scope=\"col\" class=\"num\">{}</th>", escape(&m.file.name));
     }
@@ -92,7 +108,11 @@ pub(super) fn all_figures(report: &Report) -> String {
     let all: Vec<_> = report.models.iter().map(|m| groups(&m.summary)).collect();
     let Some(first) = all.first() else { return String::new() };
     for (g, (heading, figures)) in first.iter().enumerate() {
-        let _ = write!(out, "<tbody><tr class=\"group\"><th scope=\"rowgroup\" colspan=\"{}\">{heading}</th></tr>", all.len() + 1);
+        let _ = write!(
+            out,
+            "<tbody><tr class=\"group\"><th scope=\"rowgroup\" colspan=\"{}\">{heading}</th></tr>",
+            all.len() + 1
+        );
         for (k, figure) in figures.iter().enumerate() {
             let _ = write!(out, "<tr><th scope=\"row\">{}</th>", escape(&figure.name));
             for (i, groups) in all.iter().enumerate() {
@@ -126,8 +146,16 @@ pub(super) fn tensors(m: &ModelReport, i: usize) -> String {
             escape(&t.name),
             cell("type", "", &escape(&t.type_name)),
             cell("weights", "num", &data(&path("weights"), &t.weights.to_string(), &count(t.weights))),
-            cell("bits per weight", "num", &data(&path("bits_per_weight"), &json(t.bits_per_weight), &significant(t.bits_per_weight, 3))),
-            cell("relative error", "num", &data(&path("relative_error"), &json(t.relative_error), &significant(t.relative_error, 3)))
+            cell(
+                "bits per weight",
+                "num",
+                &data(&path("bits_per_weight"), &json(t.bits_per_weight), &significant(t.bits_per_weight, 3))
+            ),
+            cell(
+                "relative error",
+                "num",
+                &data(&path("relative_error"), &json(t.relative_error), &significant(t.relative_error, 3))
+            )
         );
         if weighted {
             let shown = t.weighted_error.map(|e| data(&path("weighted_error"), &json(e), &significant(e, 3)));

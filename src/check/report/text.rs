@@ -45,7 +45,12 @@ fn plain(s: &str) -> String {
 pub(super) fn render(report: &Report) -> String {
     let run = &report.run;
     let mut out = String::new();
-    let _ = writeln!(out, "reference    {}{}", plain(&run.reference.name), if run.from_base_file { " (base file)" } else { "" });
+    let _ = writeln!(
+        out,
+        "reference    {}{}",
+        plain(&run.reference.name),
+        if run.from_base_file { " (base file)" } else { "" }
+    );
     let _ = writeln!(out, "text         {}, {}", plain(&run.text.name), bytes(run.text.size));
     let _ = writeln!(out, "positions    {} ({} windows of {} tokens)", run.positions, run.n_chunks, run.n_ctx);
     let _ = writeln!(out, "activations  {}", plain(&run.activations));
@@ -86,7 +91,8 @@ pub(super) fn render(report: &Report) -> String {
     for m in report.models.iter().filter(|m| !m.tensors.is_empty()) {
         let mut worst: Vec<_> = m.tensors.iter().filter(|t| t.relative_error > 0.0).collect();
         worst.sort_by(|a, b| b.relative_error.total_cmp(&a.relative_error));
-        let mut rows = vec![vec![format!("largest relative errors of {}", plain(&m.file.name)), "type".into(), "error".into()]];
+        let mut rows =
+            vec![vec![format!("largest relative errors of {}", plain(&m.file.name)), "type".into(), "error".into()]];
         for t in worst.iter().take(WORST) {
             rows.push(vec![format!("  {}", plain(&t.name)), plain(&t.type_name), significant(t.relative_error, 3)]);
         }
