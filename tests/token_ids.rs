@@ -85,7 +85,9 @@ fn pairs_vocab(pre: &str) -> Metadata {
             types.push(kind);
         }
     };
-    for (token, kind) in [("<s>", 3), ("</s>", 3), ("<unk>", 2), ("<mask>", 3), ("<tool>", 4), ("<|im_end|>", 1), ("<|end|>", 1)] {
+    for (token, kind) in
+        [("<s>", 3), ("</s>", 3), ("<unk>", 2), ("<mask>", 3), ("<tool>", 4), ("<|im_end|>", 1), ("<|end|>", 1)]
+    {
         add(token.into(), kind);
     }
     (0..256).for_each(|b| add(format!("<0x{b:02X}>"), 6));
@@ -99,14 +101,18 @@ fn pairs_vocab(pre: &str) -> Metadata {
     let used: BTreeSet<char> = text.bytes().map(|b| bytes[usize::from(b)]).collect();
     let mut merges = BTreeSet::new();
     for set in [&used, &chars] {
-        for (a, b) in set.iter().flat_map(|a| set.iter().map(move |b| (a, b))).filter(|(a, b)| (**a, **b) != ('\n', '\n')) {
+        for (a, b) in
+            set.iter().flat_map(|a| set.iter().map(move |b| (a, b))).filter(|(a, b)| (**a, **b) != ('\n', '\n'))
+        {
             merges.insert((random.next(), *a, *b));
         }
     }
     for (_, a, b) in &merges {
         add(format!("{a}{b}"), 1);
     }
-    ["the", "\u{120}The", "123", "'LL", "Abc", "...", "\u{10a}\u{10a}\u{10a}"].iter().for_each(|t| add(t.to_string(), 1));
+    ["the", "\u{120}The", "123", "'LL", "Abc", "...", "\u{10a}\u{10a}\u{10a}"]
+        .iter()
+        .for_each(|t| add(t.to_string(), 1));
     let merges: Vec<String> = merges.iter().map(|(_, a, b)| format!("{a} {b}")).collect();
     metadata.retain(|(key, _)| !key.starts_with("tokenizer."));
     set(&mut metadata, "model", "gpt2".into());
@@ -174,6 +180,15 @@ impl LlamaTokenize {
         let line = shown.lines().rev().find(|l| l.starts_with('['));
         let line = line.unwrap_or_else(|| panic!("{shown}{}", String::from_utf8_lossy(&output.stderr)));
         line.trim_matches(['[', ']']).split(", ").filter(|s| !s.is_empty()).map(|s| s.parse().unwrap()).collect()
+    }
+
+    /// What `llama-tokenize` prints for its ids: `id -> 'piece'`.
+    fn shown(&self, text: &str) -> Vec<u8> {
+        let file = self.dir.path().join("text");
+        std::fs::write(&file, text).unwrap();
+        let mut run = Command::new(&self.tool);
+        run.arg("-m").arg(&self.vocab).arg("-f").arg(&file).args(["--no-escape", "--no-bos"]);
+        run.output().unwrap().stdout
     }
 
     /// Ours are the same, with special tokens in all four ways.
@@ -289,7 +304,16 @@ fn the_vocabularies_of_llama_cpp_and_their_goldens() {
             cases += 1;
         }
         let real = LlamaTokenize::of(&file).unwrap();
-        real.agrees(&name, &encoder, &nasty(3, 2000));
+        let text = nasty(3, 2000);
+        real.agrees(&name, &encoder, &text);
+        let mut pieces = Vec::new();
+        for id in encoder.encode(&text, false, true) {
+            pieces.extend(format!("{id:6} -> '").as_bytes());
+            // printf ends at a zero byte
+            pieces.extend(encoder.piece(id).split(|&b| b == 0).next().unwrap());
+            pieces.extend(b"'\n");
+        }
+        assert!(real.shown(&text).ends_with(&pieces), "{name}: pieces");
         vocabularies += 1;
     }
     eprintln!("{vocabularies} vocabularies, {cases} cases");
@@ -482,7 +506,9 @@ fn vocabularies_that_cannot_be_used_are_refused_by_name() {
     for key in ["tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"] {
         assert_eq!(without(key), EncodeError::Missing { key });
     }
-    for (model, kind) in [("bert", "WordPiece"), ("t5", "Unigram"), ("rwkv", "RWKV"), ("plamo2", "PLaMo"), ("x", "not known")] {
+    for (model, kind) in
+        [("bert", "WordPiece"), ("t5", "Unigram"), ("rwkv", "RWKV"), ("plamo2", "PLaMo"), ("x", "not known")]
+    {
         let message = refusal(&|m| set(m, "model", model.into())).to_string();
         assert!(message.contains(&format!("`{model}`")) && message.contains(kind), "{message}");
     }
