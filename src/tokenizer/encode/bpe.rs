@@ -14,8 +14,8 @@ use super::bytes;
 use super::chain::{Chain, END};
 use super::memory::Memory;
 use super::pre::PreTokenizer;
-use super::spm::SPACE;
 use super::split::Splitter;
+use super::spm::SPACE;
 use super::vocab::{NONE, Vocab};
 
 /// Merges and what comes before them.
@@ -153,14 +153,7 @@ impl Bpe {
         }
     }
 
-    fn word(
-        &self,
-        vocab: &Vocab,
-        word: &str,
-        chain: &mut Chain,
-        queue: &mut BinaryHeap<Bigram>,
-        out: &mut Vec<u32>,
-    ) {
+    fn word(&self, vocab: &Vocab, word: &str, chain: &mut Chain, queue: &mut BinaryHeap<Bigram>, out: &mut Vec<u32>) {
         let bytes = word.as_bytes();
         let line_feeds = self.pre.line_feeds && bytes.iter().all(|&b| b == b'\n');
         let known = if self.pre.ignore_merges && self.pre.byte_level {

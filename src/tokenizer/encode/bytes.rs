@@ -73,7 +73,10 @@ mod tests {
         for (byte, &c) in alphabet.iter().enumerate() {
             assert_eq!(byte_of(c), Some(byte as u8));
         }
-        assert_eq!((alphabet[b' ' as usize], alphabet[b'\n' as usize], alphabet[0xAD]), ('\u{120}', '\u{10a}', '\u{143}'));
+        assert_eq!(
+            (alphabet[b' ' as usize], alphabet[b'\n' as usize], alphabet[0xAD]),
+            ('\u{120}', '\u{10a}', '\u{143}')
+        );
         assert_eq!((byte_of(' '), byte_of('\u{144}'), byte_of('\u{ad}')), (None, None, None));
     }
 

@@ -28,6 +28,8 @@ pub enum EncodeError {
     #[error("token {id} ({text:?}) {reason}")]
     Token { id: u32, text: String, reason: &'static str },
     /// `add_bos_token` or `add_eos_token` without the token.
-    #[error("`tokenizer.ggml.add_{name}_token` is true, but there is no {name} token; set `tokenizer.ggml.{name}_token_id` or the former to false")]
+    #[error(
+        "`tokenizer.ggml.add_{name}_token` is true, but there is no {name} token; set `tokenizer.ggml.{name}_token_id` or the former to false"
+    )]
     NoToken { name: &'static str },
 }

@@ -108,14 +108,7 @@ impl Spm {
         memory.recall(word, out, |out| self.merge(vocab, word, chain, queue, out));
     }
 
-    fn merge(
-        &self,
-        vocab: &Vocab,
-        word: &str,
-        chain: &mut Chain,
-        queue: &mut BinaryHeap<Bigram>,
-        out: &mut Vec<u32>,
-    ) {
+    fn merge(&self, vocab: &Vocab, word: &str, chain: &mut Chain, queue: &mut BinaryHeap<Bigram>, out: &mut Vec<u32>) {
         let bytes = word.as_bytes();
         chain.clear();
         queue.clear();

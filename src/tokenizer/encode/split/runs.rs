@@ -168,7 +168,9 @@ pub fn hangul(p: &Piece, i: usize) -> bool {
 /// `[！…“”‘’—：；，、-〿︰-﹏]`.
 pub fn cjk_punctuation(p: &Piece, i: usize) -> bool {
     within(p, i, &[(0x3001, 0x303F), (0xFE30, 0xFE4F)])
-        || p.at(i).is_some_and(|c| "\u{ff01}\u{2026}\u{201c}\u{201d}\u{2018}\u{2019}\u{2014}\u{ff1a}\u{ff1b}\u{ff0c}".contains(c))
+        || p.at(i).is_some_and(|c| {
+            "\u{ff01}\u{2026}\u{201c}\u{201d}\u{2018}\u{2019}\u{2014}\u{ff1a}\u{ff1b}\u{ff0c}".contains(c)
+        })
 }
 
 /// `[ㄅ-ㄯ]`.
