@@ -225,9 +225,19 @@ pub fn run(job: &Job<'_>, hessians: Option<(&Path, bool)>, watch: &mut dyn Watch
     Ok(all)
 }
 
-/// Removes the state of a run whose results are safe.
+/// Removes the state of a run whose results are safe: our own files, and the folder if nothing else is in it.
 pub fn forget(state: &Path) {
-    let _ = std::fs::remove_dir_all(state);
+    let Ok(entries) = std::fs::read_dir(state) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let part = ["stream-", "layer-"].iter().any(|p| name.starts_with(p))
+            && [".f32", ".gguf", ".ostq-part"].iter().any(|e| name.ends_with(e));
+        if part || matches!(&*name, "state.json" | "state.json.new" | "lock" | "imatrix.gguf") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    let _ = std::fs::remove_dir(state);
 }
 
 fn io(path: &Path, source: std::io::Error) -> CalibrationError {
