@@ -44,12 +44,21 @@ models *FLAGS:
 
 # Our files in real llama.cpp: same bytes, same text, split and merged, same token ids
 interop:
-    OSTQ_REQUIRE_PEERS=1 OSTQ_SHARED={{ shared }} cargo test --release --test interop --test tokenizer_interop -- --nocapture
+    OSTQ_REQUIRE_PEERS=1 OSTQ_SHARED={{ shared }} cargo test --release --test interop --test tokenizer_interop --test calibrate --test check --test check_peers --test forward --test token_ids -- --nocapture
 
 # Compare with llama.cpp side by side: time and memory; e.g. `just bench-convert models/bench-1.1b /dev/shm /var/tmp`
 bench-convert *ARGS:
     cargo build --release
     benches/convert.sh {{ ARGS }}
+
+# Calibration and check next to llama.cpp's: time, memory, figures; e.g. `just bench-check models/smollm2-135m`
+bench-check MODEL *ARGS:
+    cargo build --release
+    benches/check.sh {{ ARGS }} {{ MODEL }} {{ shared }}/text/calibration.txt {{ shared }}/text/evaluation.txt
+
+# Rate of the forward pass next to that of one large product
+bench-forward *ARGS:
+    cargo run --release --example bench_forward -- {{ ARGS }}
 
 # Speed of the block formats on one thread, by instruction set, next to ggml's
 bench-formats *ARGS:
