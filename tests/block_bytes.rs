@@ -6,7 +6,7 @@ use ostq_convert::formats::{format, simd};
 use ostq_convert::gguf::GgmlType;
 use sha2::{Digest, Sha256};
 
-const SHAPES: [(usize, usize); 5] = [(5, 32), (3, 96), (2, 256), (3, 768), (1, 2048)];
+const SHAPES: [(usize, usize); 6] = [(5, 32), (3, 96), (2, 256), (3, 768), (1, 2048), (96, 1024)];
 const KINDS: [&str; 17] = [
     "gauss",
     "heavy",

@@ -79,7 +79,7 @@ fn sums_are_those_of_llama_imatrix() {
 /// Experts: each with its own sums.
 #[test]
 fn experts_have_sums_of_their_own() {
-    let (Some(shared), Some(convert)) = (common::shared(), common::peer("convert-peer")) else { return };
+    let (Some(shared), Some(convert)) = (common::shared(), common::converter()) else { return };
     let dir = tempfile::tempdir().unwrap();
     for model in ["random-mixtral", "random-qwen3moe"] {
         let gguf = dir.path().join("model.gguf");

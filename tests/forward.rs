@@ -71,7 +71,7 @@ fn checkpoints_give_transformers_logits() {
 /// Architectures that are not converted yet run from the GGUF that the reference converter makes.
 #[test]
 fn gguf_files_of_other_architectures_give_transformers_logits() {
-    let (Some(shared), Some(convert)) = (common::shared(), common::peer("convert-peer")) else { return };
+    let (Some(shared), Some(convert)) = (common::shared(), common::converter()) else { return };
     let dir = tempfile::tempdir().unwrap();
     for name in [
         "random-mixtral",

@@ -12,6 +12,7 @@ mod inspect;
 mod lists;
 mod plan;
 mod print;
+mod qsur;
 mod steps;
 
 use std::process::ExitCode;
@@ -63,6 +64,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Compare models with a reference over a text: KL divergence, perplexity, top words, errors by tensor and layer.
     Check(check::CheckArgs),
+    /// Quantization Space Utilization Rate of weights and, over a text, activations.
+    Qsur(qsur::QsurArgs),
     /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
     Inspect(inspect::InspectArgs),
     /// Print a completion script.
@@ -205,6 +208,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Plan(a)) => plan::run(a),
         Some(Command::Calibrate(a)) => calibrate::run(a),
         Some(Command::Check(a)) => check::run(a),
+        Some(Command::Qsur(a)) => qsur::run(a),
         Some(Command::Inspect(a)) => inspect::run(a),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -40,6 +40,20 @@ pub fn peer(name: &str) -> Option<PathBuf> {
     None
 }
 
+/// llama.cpp's converter, which needs the Python side of `OSTQ_PEERS`. `None`, and a loud line, if it is not there; a failure
+/// if `OSTQ_REQUIRE_PYTHON=1`.
+#[allow(dead_code)]
+pub fn converter() -> Option<PathBuf> {
+    let set = |key: &str| std::env::var_os(key).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let peers = set("OSTQ_PEERS").or_else(|| Some(set("HOME")?.join(".cache/ostq-peers")));
+    let tool = peers.map(|p| p.join("bin/convert-peer")).filter(|t| t.is_file());
+    if tool.is_none() {
+        assert!(std::env::var_os("OSTQ_REQUIRE_PYTHON").is_none_or(|v| v != "1"), "no convert-peer (`just peers`)");
+        eprintln!("SKIPPED: no convert-peer (set OSTQ_PEERS, `just peers` without --without-python)");
+    }
+    tool
+}
+
 /// A golden file.
 #[allow(dead_code)]
 pub struct Golden(Json);
