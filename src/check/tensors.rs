@@ -1,9 +1,13 @@
-//! What every tensor of a model has lost: ‖W - Q‖² / ‖W‖², and the same weighted by the importance of each input.
+//! What every tensor of a model has lost: ‖W - Q‖² / ‖W‖², and the same weighted by the inputs: by the mean square of each
+//! (importance matrix), or by how they vary together, tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ) with H = Σ x xᵀ.
 
 use rayon::prelude::*;
 
+use crate::calibration::hessian_file::HessianFile;
 use crate::calibration::imatrix::Imatrix;
+use crate::checkpoint::CheckpointError;
 use crate::gguf::GgmlType;
+use crate::linalg;
 use crate::source::TensorSource;
 
 /// One tensor of a model against the reference's.
@@ -15,31 +19,48 @@ pub struct TensorError {
     pub bytes: u64,
     /// Σ(w - q)² / Σw²; 0 for an exact copy.
     pub relative: f64,
-    /// Σ h_j (w - q)² / Σ h_j w² with h_j the mean square of input j, where an importance matrix has the tensor.
+    /// Weighted by the inputs, where the tensor has an entry.
     pub weighted: Option<f64>,
+}
+
+/// What errors are weighted by.
+#[derive(Clone, Copy)]
+pub enum Weighting<'a> {
+    None,
+    /// Mean square of every input.
+    Importance(&'a Imatrix),
+    /// Second moments.
+    Hessian(&'a HessianFile),
+}
+
+/// A comparison that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TensorsError {
+    #[error("tensor `{name}` is {model:?} in the model and {reference:?} in the reference")]
+    Shape { name: String, model: Vec<u64>, reference: Vec<u64> },
+    #[error("{0}")]
+    Hessian(#[from] CheckpointError),
 }
 
 /// Values that one task compares at a time.
 const CHUNK: u64 = 1 << 18;
 
-/// Tensors that both have, in the model's order, but those that are stored alike in both with no loss possible.
-///
-/// Errors: a tensor whose shapes differ, by name.
+/// Tensors that both have, in the model's order.
 pub fn errors(
     reference: &dyn TensorSource,
     model: &dyn TensorSource,
-    imatrix: Option<&Imatrix>,
-) -> Result<Vec<TensorError>, String> {
+    weighting: Weighting<'_>,
+) -> Result<Vec<TensorError>, TensorsError> {
+    let imatrix = if let Weighting::Importance(i) = weighting { Some(i) } else { None };
     let mut out = Vec::new();
     for (index, t) in model.tensors().iter().enumerate() {
         let Some(other) = reference.tensors().iter().position(|r| r.name == t.name) else { continue };
         if reference.tensors()[other].dims != t.dims {
-            return Err(format!(
-                "tensor `{}` is {:?} in the model and {:?} in the reference",
-                t.name,
-                t.dims,
-                reference.tensors()[other].dims
-            ));
+            return Err(TensorsError::Shape {
+                name: t.name.clone(),
+                model: t.dims.clone(),
+                reference: reference.tensors()[other].dims.clone(),
+            });
         }
         let columns = t.row_len().max(1);
         let inner = t.dims.get(1).copied().unwrap_or(1).max(1);
@@ -82,10 +103,57 @@ pub fn errors(
             elements: t.elements(),
             bytes: t.stored_bytes,
             relative: ratio(sums[0], sums[1]),
-            weighted: importance.map(|_| ratio(sums[2], sums[3])),
+            weighted: match weighting {
+                Weighting::Hessian(file) => by_hessian(reference, other, model, index, file)?,
+                _ => importance.map(|_| ratio(sums[2], sums[3])),
+            },
         });
     }
     Ok(out)
+}
+
+/// tr(E H Eᵀ) / tr(W H Wᵀ) of a tensor, over its experts; `None` without an entry of its width.
+fn by_hessian(
+    reference: &dyn TensorSource,
+    other: usize,
+    model: &dyn TensorSource,
+    index: usize,
+    file: &HessianFile,
+) -> Result<Option<f64>, TensorsError> {
+    let t = &model.tensors()[index];
+    let n = t.row_len() as usize;
+    let Some(entry) = file.entry(&t.name).filter(|e| e.columns == n) else { return Ok(None) };
+    let inner = t.dims.get(1).copied().unwrap_or(1).max(1);
+    let step = 256u64.next_multiple_of(reference.tensors()[other].row_group.max(1));
+    let (mut w, mut q, mut product) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut error, mut size) = (0.0, 0.0);
+    for expert in 0..(t.rows() / inner).min(entry.counts.len() as u64) {
+        let lower = file.lower(&t.name, expert as usize)?;
+        let mut h = vec![0.0f32; n * n];
+        let mut at = 0;
+        for i in 0..n {
+            for j in 0..=i {
+                (h[i * n + j], h[j * n + i]) = (lower[at], lower[at]);
+                at += 1;
+            }
+        }
+        drop(lower);
+        for from in (0..inner).step_by(step as usize) {
+            let rows = expert * inner + from..expert * inner + (from + step).min(inner);
+            let m = (rows.end - rows.start) as usize;
+            for v in [&mut w, &mut q, &mut product] {
+                v.resize(m * n, 0.0);
+            }
+            reference.read_rows(other, rows.clone(), &mut w);
+            model.read_rows(index, rows, &mut q);
+            q.iter_mut().zip(&w).for_each(|(q, w)| *q = w - *q);
+            for (x, sum) in [(&q, &mut error), (&w, &mut size)] {
+                linalg::gemm(&mut product, x, &h, (m, n, n), linalg::all_threads());
+                *sum += x.iter().zip(&product).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+            }
+        }
+    }
+    Ok(Some(if size > 0.0 { error / size } else { error }))
 }
 
 /// Importance of an expert's columns, or of all.

@@ -10,13 +10,15 @@ use super::args::ConvertArgs;
 use super::calibrate::{Opened, TextArgs, pool};
 use super::steps::Steps;
 use super::{Failure, REFUSED, RESOURCE, USAGE, print};
+use crate::calibration::fingerprint::fingerprint;
+use crate::calibration::hessian_file::HessianFile;
 use crate::calibration::imatrix::{Imatrix, hex};
 use crate::calibration::windows as text;
 use crate::check::base_file::BaseFile;
 use crate::check::report::{BlockRow, FORMAT, FileFacts, ModelReport, Report, RunFacts, TensorRow, TextFacts};
 use crate::check::run::{self, Reference, Settings};
 use crate::check::summary::{Perplexity, Rules};
-use crate::check::tensors;
+use crate::check::tensors::{self, Weighting};
 use crate::check::windows::Windows;
 use crate::convert::output;
 use crate::forward::{Activations, Model};
@@ -45,6 +47,9 @@ pub struct CheckArgs {
     /// Weigh tensor errors by this importance matrix (with --per-tensor).
     #[arg(long, value_name = "FILE", requires = "per_tensor")]
     imatrix: Option<PathBuf>,
+    /// Weigh tensor errors by these second moments (with --per-tensor).
+    #[arg(long, value_name = "FILE", requires = "per_tensor", conflicts_with = "imatrix")]
+    hessian: Option<PathBuf>,
     /// Where hidden states begin to differ, layer by layer.
     #[arg(long)]
     per_block: bool,
@@ -129,10 +134,19 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         }
     }
     let mut report = compare(&args, &all, first, base, &text, vocab, &opened)?;
+    let imatrix = args.imatrix.as_deref().map(Imatrix::load).transpose()?;
+    let hessian = args.hessian.as_deref().map(HessianFile::open).transpose()?;
+    let weighting = match (&imatrix, &hessian) {
+        (Some(i), _) => Weighting::Importance(i),
+        (None, Some(h)) => {
+            h.check_model(&fingerprint(&*opened[0].input.source))?;
+            Weighting::Hessian(h)
+        }
+        (None, None) => Weighting::None,
+    };
     for (o, row) in opened[first..].iter().zip(&mut report.models) {
         if args.per_tensor && first == 1 {
-            let imatrix = args.imatrix.as_deref().map(Imatrix::load).transpose()?;
-            row.tensors = tensor_rows(&opened[0], o, imatrix.as_ref())?;
+            row.tensors = tensor_rows(&opened[0], o, weighting)?;
         }
     }
     debug_assert_eq!(models.len(), report.models.len());
@@ -157,6 +171,7 @@ pub fn after(args: &ConvertArgs, out: &Path) -> Result<(), Failure> {
             activations: ActivationsArg::F32,
             per_tensor: true,
             imatrix: None,
+            hessian: None,
             per_block: true,
             kl_divergence_base: None,
             save_all_logits: None,
@@ -171,7 +186,7 @@ pub fn after(args: &ConvertArgs, out: &Path) -> Result<(), Failure> {
     if !args.per_tensor {
         return Ok(());
     }
-    let rows = tensor_rows(&Opened::new(source)?, &Opened::new(out)?, None)?;
+    let rows = tensor_rows(&Opened::new(source)?, &Opened::new(out)?, Weighting::None)?;
     let mut table = vec![["tensor", "type", "bpw", "relative error"].map(String::from).to_vec()];
     for t in rows {
         let (bits, error) = (format!("{:.2}", t.bits_per_weight), format!("{:.3e}", t.relative_error));
@@ -338,8 +353,8 @@ fn facts(o: &Opened) -> FileFacts {
     }
 }
 
-fn tensor_rows(reference: &Opened, model: &Opened, imatrix: Option<&Imatrix>) -> Result<Vec<TensorRow>, Failure> {
-    let errors = tensors::errors(&*reference.input.source, &*model.input.source, imatrix)
+fn tensor_rows(reference: &Opened, model: &Opened, weighting: Weighting<'_>) -> Result<Vec<TensorRow>, Failure> {
+    let errors = tensors::errors(&*reference.input.source, &*model.input.source, weighting)
         .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", model.path.display())))?;
     let row = |t: tensors::TensorError| {
         let (kind, layer) = TensorRow::kind_and_layer(&t.name);

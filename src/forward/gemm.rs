@@ -7,7 +7,9 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 /// Rows (tokens) and columns (outputs) of a tile.
-const TILE: (usize, usize) = (512, 640);
+const TILE: (usize, usize) = (512, 768);
+/// Tiles are multiples of the microkernels' height (24 with AVX2, 48 with AVX-512), so that few values are left over.
+const HEIGHT: usize = 48;
 
 /// `out = a · bᵀ`: `a` is `[m, k]`, `b` is `[n, k]`, `out` is `[m, n]`, all row-major. Threads of the current pool share it.
 pub fn product(a: &[f32], b: &[f32], k: usize, out: &mut [f32]) {
@@ -36,10 +38,10 @@ pub fn product(a: &[f32], b: &[f32], k: usize, out: &mut [f32]) {
     });
 }
 
-/// Start and length of near-equal pieces of at most `most`.
+/// Start and length of pieces of about `most`, all but the last of them multiples of [`HEIGHT`].
 fn pieces(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = n.div_ceil(most);
-    (0..count).map(move |i| (i * n / count, (i + 1) * n / count - i * n / count))
+    let step = n.div_ceil(n.div_ceil(most)).next_multiple_of(HEIGHT);
+    (0..n).step_by(step).map(move |at| (at, step.min(n - at)))
 }
 
 /// `out = alpha · a · b` on this thread. Not generic: the library's code is compiled once.

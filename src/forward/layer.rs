@@ -171,7 +171,7 @@ impl Layer {
     ) -> Result<(), ForwardError> {
         let spec = &pass.model.spec;
         let input = pre_norm(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
-        observer.input(&[&self.q.name, &self.k.name, &self.v.name], None, input)?;
+        show(observer, &[&self.q.name, &self.k.name, &self.v.name], input, (pass.length, spec.embed))?;
         let mut input = Input::new(input, &mut s.rounded);
         self.q.run(&mut input, &mut s.q);
         self.k.run(&mut input, &mut s.k);
@@ -203,7 +203,7 @@ impl Layer {
         }
         s.attended.resize(s.q.len(), 0.0);
         attend(spec, &s.q, &s.k, &s.v, pass.length, window, &mut s.attended);
-        observer.input(&[&self.o.name], None, &s.attended)?;
+        show(observer, &[&self.o.name], &s.attended, (pass.length, self.o.inputs))?;
         self.o.run(&mut Input::new(&s.attended, &mut s.rounded), &mut s.branch);
         Ok(())
     }
@@ -219,16 +219,16 @@ impl Layer {
         let input = pre_norm(x, &self.ffn_norm, spec.rms_eps, &mut s.normed);
         match &self.ffn {
             FeedForward::Dense { gate, up, down } => {
-                observer.input(&[&gate.name, &up.name], None, input)?;
+                show(observer, &[&gate.name, &up.name], input, (pass.length, spec.embed))?;
                 let mut input = Input::new(input, &mut s.rounded);
                 gate.run(&mut input, &mut s.gate);
                 up.run(&mut input, &mut s.up);
                 activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
-                observer.input(&[&down.name], None, &s.gate)?;
+                show(observer, &[&down.name], &s.gate, (pass.length, down.inputs))?;
                 down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut s.branch);
             }
             FeedForward::Experts { router } => {
-                observer.input(&[&router.name], None, input)?;
+                show(observer, &[&router.name], input, (pass.length, spec.embed))?;
                 router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
                 let chosen = route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale);
                 s.branch.clear();
@@ -248,12 +248,15 @@ impl Layer {
                     for &(t, _) in &mine {
                         rows.extend_from_slice(&input[t * spec.embed..(t + 1) * spec.embed]);
                     }
-                    observer.input(&[&gate.name, &up.name], Some((e, spec.experts)), &rows)?;
+                    let by_window = mine.chunk_by(|a, b| a.0 / pass.length == b.0 / pass.length).map(<[_]>::len);
+                    let counts: Vec<usize> = by_window.collect();
+                    let which = (e, spec.experts);
+                    show_expert(observer, &[&gate.name, &up.name], which, &rows, (&counts, spec.embed))?;
                     let mut input = Input::new(&rows, &mut s.rounded);
                     gate.run(&mut input, &mut s.gate);
                     up.run(&mut input, &mut s.up);
                     activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
-                    observer.input(&[&down.name], Some((e, spec.experts)), &s.gate)?;
+                    show_expert(observer, &[&down.name], which, &s.gate, (&counts, down.inputs))?;
                     down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut out);
                     for (row, &(t, w)) in out.chunks_exact(spec.embed).zip(&mine) {
                         kernels::add_scaled(&mut s.branch[t * spec.embed..(t + 1) * spec.embed], row, w);
@@ -263,6 +266,33 @@ impl Layer {
         }
         Ok(())
     }
+}
+
+/// Shows `x` to the observer window by window, so that what it sums does not depend on the batch.
+fn show(
+    observer: &mut dyn Observer,
+    names: &[&str],
+    x: &[f32],
+    (length, columns): (usize, usize),
+) -> Result<(), ForwardError> {
+    x.chunks(length * columns).try_for_each(|x| observer.input(names, None, x))
+}
+
+/// The same for the rows of one expert, `counts` of them in each window.
+fn show_expert(
+    observer: &mut dyn Observer,
+    names: &[&str],
+    expert: (usize, usize),
+    x: &[f32],
+    (counts, columns): (&[usize], usize),
+) -> Result<(), ForwardError> {
+    let mut rest = x;
+    for n in counts {
+        let (rows, tail) = rest.split_at(n * columns);
+        observer.input(names, Some(expert), rows)?;
+        rest = tail;
+    }
+    Ok(())
 }
 
 /// The input of a branch: normed, or the stream itself where the norm comes after.

@@ -137,9 +137,16 @@ impl Keys<'_> {
             Some(Value::Array(_)) => return Err(self.bad(key, "values that differ from layer to layer cannot be run yet")),
             Some(v) => v.as_u64(),
         };
+        // nothing is near these; products of two stay far below 2^64
+        let most = match key {
+            "block_count" => 1 << 12,
+            k if k.contains("context_length") || k.contains("window") => 1 << 32,
+            _ => 1 << 24,
+        };
         match n {
-            Some(n) if n <= 1 << 32 => Ok(Some(n as usize)),
-            _ => Err(self.bad(key, "not a length")),
+            Some(n) if n <= most => Ok(Some(n as usize)),
+            Some(n) => Err(self.bad(key, format!("{n} is more than {most}"))),
+            None => Err(self.bad(key, "not a length")),
         }
     }
 
@@ -314,4 +321,62 @@ fn read_rope(k: &Keys<'_>, context: usize) -> Result<RopeScale, ForwardError> {
         beta_slow: k.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
         original_context: k.opt("rope.scaling.original_context_length")?.unwrap_or(context) as f64,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(extra: &[(&str, Value)]) -> Metadata {
+        let mut m: Metadata = vec![("general.architecture".into(), Value::from("llama"))];
+        for (k, v) in [
+            ("block_count", 2),
+            ("embedding_length", 64),
+            ("attention.head_count", 4),
+            ("attention.head_count_kv", 2),
+            ("context_length", 128),
+        ] {
+            m.push((format!("llama.{k}"), Value::U32(v)));
+        }
+        m.push(("llama.attention.layer_norm_rms_epsilon".into(), Value::F32(1e-5)));
+        for (k, v) in extra {
+            gguf::value::set(&mut m, k, v.clone());
+        }
+        m
+    }
+
+    #[test]
+    fn keys_become_a_decoder() {
+        let s = Spec::read(&keys(&[])).unwrap();
+        assert_eq!((s.layers, s.heads, s.kv_heads, s.head_dim, s.rope_dims), (2, 4, 2, 16, 16));
+        assert_eq!((s.attention_scale, s.logit_scale, s.rope.base), (0.25, 1.0, 10000.0));
+        assert!(s.window_of(0).is_none() && s.has_rope(1));
+        let yarn = [
+            ("llama.rope.scaling.type", Value::from("yarn")),
+            ("llama.rope.scaling.factor", Value::F32(4.0)),
+            ("llama.rope.scaling.original_context_length", Value::U32(32)),
+        ];
+        let s = Spec::read(&keys(&yarn)).unwrap();
+        assert_eq!((s.rope.freq_scale, s.rope.ext_factor, s.rope.original_context), (0.25, 1.0, 32.0));
+        // 0.1 ln 4 + 1, which `rope_yarn` applies itself
+        assert!((s.rope.attn_factor - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_named() {
+        for (key, value, why) in [
+            ("general.architecture", Value::from("mamba"), "`mamba` cannot be run yet"),
+            ("llama.block_count", Value::U32(1 << 30), "is more than 4096"),
+            ("llama.embedding_length", Value::U64(u64::MAX), "is more than"),
+            ("llama.attention.head_count", Value::U32(0), "is 0"),
+            ("llama.attention.head_count_kv", Value::U32(3), "3 does not divide 4"),
+            ("llama.rope.dimension_count", Value::U32(17), "17 of a head of 16"),
+            ("llama.rope.freq_base", Value::F32(f32::NAN), "not a finite number"),
+            ("llama.attention.layer_norm_rms_epsilon", Value::from("small"), "not a finite number"),
+            ("llama.expert_count", Value::U32(4), "0 of 4 experts"),
+        ] {
+            let message = Spec::read(&keys(&[(key, value)])).expect_err(key).to_string();
+            assert!(message.contains(why), "{key}: {message}");
+        }
+    }
 }
