@@ -144,7 +144,7 @@ fn key(scale: &Scale) -> String {
         let x = LEFT + wide * i as f64;
         let _ = write!(out, "<rect class=\"cell q{i}\" x=\"{x:.1}\" y=\"26\" width=\"{wide:.1}\" height=\"12\"/>");
     }
-    for i in (0..=STEPS).step_by(2) {
+    for i in (0..=STEPS).step_by(STEPS / 2) {
         let (x, text) = (LEFT + wide * i as f64, significant(scale.edge(i), 2));
         let anchor = if i == 0 {
             "start"
