@@ -461,6 +461,40 @@ mod tests {
     }
 
     #[test]
+    fn random_damage_is_refused_or_read_but_never_a_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base");
+        let (windows, _) = write(&path);
+        let good = std::fs::read(&path).unwrap();
+        let mut state = 7u64;
+        let mut random = |n: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % n
+        };
+        let (mut refused, mut read) = (0, 0);
+        for _ in 0..2000 {
+            let mut bytes = good.clone();
+            for _ in 0..1 + random(3) {
+                // mostly in front, where the numbers are
+                let at = if random(2) == 0 { random(40) } else { random(bytes.len()) };
+                bytes[at] = random(256) as u8;
+            }
+            bytes.truncate(if random(10) == 0 { random(bytes.len()) } else { bytes.len() });
+            std::fs::write(&path, bytes).unwrap();
+            let whole = BaseFile::open(&path).and_then(|mut file| {
+                let mut chunk = Chunk::default();
+                while file.read_chunk(&mut chunk)? {
+                    // whatever stands in it, scoring ends with figures or with an error
+                    let _ = chunk.compare(&logits(0, windows));
+                }
+                Ok(())
+            });
+            *if whole.is_ok() { &mut read } else { &mut refused } += 1;
+        }
+        assert!(refused > 500 && read > 500, "{refused} {read}");
+    }
+
+    #[test]
     fn an_unfinished_file_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base");
