@@ -472,11 +472,11 @@ mod tests {
             (state >> 33) as usize % n
         };
         let (mut refused, mut read) = (0, 0);
-        for _ in 0..2000 {
+        for _ in 0..1000 {
             let mut bytes = good.clone();
             for _ in 0..1 + random(3) {
-                // mostly in front, where the numbers are
-                let at = if random(2) == 0 { random(40) } else { random(bytes.len()) };
+                // often in front, where the numbers are
+                let at = if random(6) == 0 { random(40) } else { random(bytes.len()) };
                 bytes[at] = random(256) as u8;
             }
             bytes.truncate(if random(10) == 0 { random(bytes.len()) } else { bytes.len() });
@@ -491,7 +491,7 @@ mod tests {
             });
             *if whole.is_ok() { &mut read } else { &mut refused } += 1;
         }
-        assert!(refused > 500 && read > 500, "{refused} {read}");
+        assert!(refused > 200 && read > 200, "{refused} {read}");
     }
 
     #[test]
