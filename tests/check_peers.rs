@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{peer, shared};
-use ostq_convert::check::base_file::{BaseFile, BaseWriter, Chunk};
+use ostq_convert::check::base_file::{BaseFile, Chunk};
+use ostq_convert::check::base_writer::BaseWriter;
 use ostq_convert::check::stats::{self, Position};
 use ostq_convert::check::summary::{Estimate, Perplexity, Rules, Summary};
 
