@@ -249,6 +249,9 @@ fn the_page_without_a_browser() {
     assert!(!html.contains("<script") && !html.contains("<b>copy") && !html.contains("http"));
     assert_eq!(html.matches("</style>").count(), 1);
     assert_eq!(html, synthetic(6).html(), "the same report gives the same bytes");
+    // the reference alone
+    let alone = synthetic(0);
+    assert!(alone.html().contains("16.445") && alone.text().contains("16.445"));
     // other figures, other page: the comparison above can fail
     let mut other = report.clone();
     other.models[2].summary.kld.value *= 1.0 + 1e-15;

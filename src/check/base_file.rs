@@ -5,11 +5,10 @@
 //! the vocabulary asks for BOS, it replaces the first of each window during evaluation only.
 //!
 //! Files are gigabytes, so they are read and written window by window. A reader compares the length that the header
-//! promises with that of the file before it allocates anything by it. A writer works on `FILE.ostq-part`, and gives the
-//! file its name when all rows are there.
+//! promises with that of the file before it allocates anything by it. The writer is in [`super::base_writer`].
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, ErrorKind, Read, Write};
+use std::io::{BufReader, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -19,20 +18,20 @@ use super::stats::{self, Position};
 use super::windows::{Windows, scored};
 use super::{CheckError, LogitsError};
 
-const MAGIC: &[u8; 8] = b"_logits_";
+pub(super) const MAGIC: &[u8; 8] = b"_logits_";
 const HEADER: u64 = 20;
 
 /// What stands in front.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Header {
-    n_ctx: usize,
-    n_vocab: usize,
-    n_chunks: usize,
+pub(super) struct Header {
+    pub n_ctx: usize,
+    pub n_vocab: usize,
+    pub n_chunks: usize,
 }
 
 impl Header {
     /// Bytes of the rows of one window, and of the file; `None` if no file can be as long.
-    fn lengths(&self) -> Option<(u64, u64)> {
+    pub(super) fn lengths(&self) -> Option<(u64, u64)> {
         let row = u64::try_from(base_row::units(self.n_vocab)?).ok()?.checked_mul(2)?;
         let rows = row.checked_mul(scored(self.n_ctx) as u64)?;
         let window = rows.checked_add((self.n_ctx as u64).checked_mul(4)?)?;
@@ -239,115 +238,9 @@ impl Chunk {
     }
 }
 
-/// A file of log-probabilities that is being written. Dropped before [`BaseWriter::finish`], it leaves nothing.
-pub struct BaseWriter {
-    path: PathBuf,
-    part: PathBuf,
-    output: Option<BufWriter<File>>,
-    windows: Windows,
-    tokens: Vec<i32>,
-    n_vocab: usize,
-    /// The next window.
-    at: usize,
-    units: Vec<u16>,
-}
-
-impl BaseWriter {
-    /// Begins `path`, which is replaced at the end if it is there. `tokens` are those of the text; the first
-    /// n_chunks x n_ctx of them are used.
-    ///
-    /// Errors: fewer tokens, tokens outside the vocabulary, sizes beyond the format.
-    pub fn create(path: &Path, windows: Windows, n_vocab: usize, tokens: &[i32]) -> Result<BaseWriter, CheckError> {
-        let header = Header { n_ctx: windows.n_ctx(), n_vocab, n_chunks: windows.n_chunks() };
-        let small = [header.n_ctx, header.n_vocab, header.n_chunks].map(|n| i32::try_from(n).ok());
-        let ([Some(n_ctx), Some(words), Some(n_chunk)], Some(_)) = (small, header.lengths()) else {
-            return Err(CheckError::file(path, "context, vocabulary or text beyond what the format holds"));
-        };
-        let wanted = header.n_ctx * header.n_chunks;
-        let Some(tokens) = tokens.get(..wanted) else {
-            return Err(CheckError::Text(format!("{} tokens for windows of {wanted}", tokens.len())));
-        };
-        if let Some(&token) = tokens.iter().find(|&&t| usize::try_from(t).map_or(true, |t| t >= n_vocab)) {
-            return Err(LogitsError::Token { next: token as u32 as usize, n_vocab }.into());
-        }
-        let mut part = path.as_os_str().to_owned();
-        part.push(".ostq-part");
-        let part = PathBuf::from(part);
-        let file = File::create(&part).map_err(|e| CheckError::io(&part, e))?;
-        let mut writer = BaseWriter {
-            path: path.to_path_buf(),
-            part,
-            output: Some(BufWriter::with_capacity(1 << 20, file)),
-            windows,
-            tokens: tokens.to_vec(),
-            n_vocab,
-            at: 0,
-            units: Vec::new(),
-        };
-        writer.put(MAGIC)?;
-        for word in [n_ctx, words, n_chunk] {
-            writer.put(&word.to_le_bytes())?;
-        }
-        let tokens: Vec<u8> = writer.tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
-        writer.put(&tokens)?;
-        Ok(writer)
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<(), CheckError> {
-        let output = self.output.as_mut().expect("open until it is finished");
-        output.write_all(bytes).map_err(|e| CheckError::io(&self.part, e))
-    }
-
-    /// Writes the next window from the logits at its scored positions (positions x n_vocab), encoded on all threads of
-    /// the pool. Gives -ln P of the tokens that follow, nats.
-    pub fn write_chunk(&mut self, logits: &[f32]) -> Result<Vec<f64>, CheckError> {
-        let Some(window) = self.windows.tokens(&self.tokens, self.at) else {
-            return Err(CheckError::file(&self.path, format!("more than its {} windows", self.windows.n_chunks())));
-        };
-        let (n_vocab, next) = (self.n_vocab, self.windows.next(window));
-        stats::check_shape(logits.len(), n_vocab, next.len())?;
-        let units = base_row::units(n_vocab).unwrap_or(1);
-        let mut rows = std::mem::take(&mut self.units);
-        rows.resize(units * next.len(), 0);
-        let work = rows.par_chunks_exact_mut(units).zip(logits.par_chunks_exact(n_vocab)).zip(next);
-        let nll = stats::first_error(
-            work.map(|((row, logits), &next)| base_row::encode(logits, stats::token(next, n_vocab)?, row)).collect(),
-        )?;
-        rows.iter_mut().for_each(|u| *u = u.to_le());
-        self.put(bytemuck::cast_slice(&rows))?;
-        self.units = rows;
-        self.at += 1;
-        Ok(nll)
-    }
-
-    /// Syncs the file and gives it its name.
-    ///
-    /// Errors: windows are missing.
-    pub fn finish(mut self) -> Result<(), CheckError> {
-        let n = self.windows.n_chunks();
-        if self.at != n {
-            return Err(CheckError::file(&self.path, format!("only {} of its {n} windows were written", self.at)));
-        }
-        let Some(output) = self.output.take() else { return Ok(()) };
-        let synced = output.into_inner().map_err(|e| e.into_error()).and_then(|file| file.sync_all());
-        let named = synced.and_then(|()| std::fs::rename(&self.part, &self.path));
-        named.map_err(|e| {
-            let _ = std::fs::remove_file(&self.part);
-            CheckError::io(&self.path, e)
-        })
-    }
-}
-
-impl Drop for BaseWriter {
-    fn drop(&mut self) {
-        if self.output.take().is_some() {
-            let _ = std::fs::remove_file(&self.part);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::base_writer::BaseWriter;
     use super::*;
 
     const N_VOCAB: usize = 11;
@@ -461,17 +354,36 @@ mod tests {
     }
 
     #[test]
-    fn an_unfinished_file_leaves_nothing() {
+    fn random_damage_is_refused_or_read_but_never_a_panic() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base");
-        let windows = Windows::new(27, 8, None).unwrap();
-        let mut writer = BaseWriter::create(&path, windows, N_VOCAB, &[1; 24]).unwrap();
-        assert!(writer.write_chunk(&[f32::NAN; 33]).is_err_and(|e| e.to_string().contains("word 0 is NaN")));
-        assert!(writer.write_chunk(&[0.0; 34]).is_err());
-        writer.write_chunk(&[0.0; 33]).unwrap();
-        assert!(writer.finish().is_err_and(|e| e.to_string().contains("only 1 of its 3 windows")));
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert!(BaseWriter::create(&path, windows, N_VOCAB, &[1; 23]).is_err());
-        assert!(BaseWriter::create(&path, windows, N_VOCAB, &[11; 24]).is_err());
+        let (windows, _) = write(&path);
+        let good = std::fs::read(&path).unwrap();
+        let mut state = 7u64;
+        let mut random = |n: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % n
+        };
+        let (mut refused, mut read) = (0, 0);
+        for _ in 0..1000 {
+            let mut bytes = good.clone();
+            for _ in 0..1 + random(3) {
+                // often in front, where the numbers are
+                let at = if random(6) == 0 { random(40) } else { random(bytes.len()) };
+                bytes[at] = random(256) as u8;
+            }
+            bytes.truncate(if random(10) == 0 { random(bytes.len()) } else { bytes.len() });
+            std::fs::write(&path, bytes).unwrap();
+            let whole = BaseFile::open(&path).and_then(|mut file| {
+                let mut chunk = Chunk::default();
+                while file.read_chunk(&mut chunk)? {
+                    // whatever stands in it, scoring ends with figures or with an error
+                    let _ = chunk.compare(&logits(0, windows));
+                }
+                Ok(())
+            });
+            *if whole.is_ok() { &mut read } else { &mut refused } += 1;
+        }
+        assert!(refused > 200 && read > 200, "{refused} {read}");
     }
 }

@@ -71,6 +71,15 @@ impl Windows {
         tokens.get(start..start.checked_add(self.n_ctx)?)
     }
 
+    /// What a model evaluates for window `chunk`: its tokens, the first replaced by `bos` where the vocabulary asks for one.
+    pub fn input(&self, tokens: &[i32], chunk: usize, bos: Option<i32>) -> Option<Vec<i32>> {
+        let mut input = self.tokens(tokens, chunk)?.to_vec();
+        if let (Some(first), Some(bos)) = (input.first_mut(), bos) {
+            *first = bos;
+        }
+        Some(input)
+    }
+
     /// The tokens that the scored positions of a window should predict, from the window's own `n_ctx` tokens.
     pub fn next<'a>(&self, window: &'a [i32]) -> &'a [i32] {
         window.get(self.first() + 1..self.n_ctx).unwrap_or_default()
@@ -95,7 +104,9 @@ mod tests {
         assert_eq!((window[0], window.len()), (512, 512));
         assert_eq!((w.next(window)[0], *w.next(window).last().unwrap()), (512 + 257, 1023));
         assert_eq!(w.next(window).len(), w.scored());
-        assert_eq!(w.tokens(&tokens, 2), None);
+        assert_eq!((w.tokens(&tokens, 2), w.input(&tokens, 2, Some(7))), (None, None));
+        let (with, without) = (w.input(&tokens, 1, Some(7)).unwrap(), w.input(&tokens, 1, None).unwrap());
+        assert_eq!((with[0], &with[1..], &*without), (7, &window[1..], window));
         // an odd context
         let odd = Windows::new(100, 7, Some(3)).unwrap();
         assert_eq!((odd.first(), odd.scored(), odd.positions()), (3, 3, 9));

@@ -101,8 +101,10 @@ pub(super) fn render(m: &ModelReport, model: usize) -> String {
     }
     if !layered.is_empty() {
         let y = 6.0 + ROW * layered.len() as f64;
-        let every = ((layers as f64 * 24.0 / (WIDTH - LEFT)).ceil() as usize).max(1);
-        for layer in (0..layers).step_by([1, 2, 5, 10, 20, 50].into_iter().find(|e| *e >= every).unwrap_or(100)) {
+        let needed = ((layers as f64 * 24.0 / (WIDTH - LEFT)).ceil() as usize).max(1);
+        let round = |tens: u32| [1, 2, 5].map(|m| m * 10usize.pow(tens));
+        let every = (0..10).flat_map(round).find(|every| *every >= needed).unwrap_or(layers);
+        for layer in (0..layers).step_by(every) {
             let x = LEFT + wide * (layer as f64 + 0.5);
             let _ = write!(
                 out,
@@ -144,7 +146,7 @@ fn key(scale: &Scale) -> String {
         let x = LEFT + wide * i as f64;
         let _ = write!(out, "<rect class=\"cell q{i}\" x=\"{x:.1}\" y=\"26\" width=\"{wide:.1}\" height=\"12\"/>");
     }
-    for i in (0..=STEPS).step_by(2) {
+    for i in (0..=STEPS).step_by(STEPS / 2) {
         let (x, text) = (LEFT + wide * i as f64, significant(scale.edge(i), 2));
         let anchor = if i == 0 {
             "start"
@@ -170,7 +172,34 @@ pub(super) fn unchanged(m: &ModelReport) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::FileFacts;
     use super::*;
+    use crate::check::stats::Position;
+    use crate::check::summary::Rules;
+    use crate::check::windows::Windows;
+
+    #[test]
+    fn a_name_with_an_absurd_layer_makes_no_absurd_map() {
+        let name = format!("blk.{}.attn_q.weight", u32::MAX);
+        let (kind, layer) = TensorRow::kind_and_layer(&name);
+        assert_eq!(layer, Some(u32::MAX));
+        let (weights, bits_per_weight) = (1, 4.0);
+        let row = TensorRow {
+            name,
+            kind,
+            layer,
+            type_name: "q4_0".into(),
+            bits_per_weight,
+            weights,
+            relative_error: 0.1,
+            weighted_error: None,
+        };
+        let file = FileFacts { name: "x".into(), size: 1, type_name: "Q4_0".into(), bits_per_weight, weights };
+        let windows = Windows::new(6, 3, None).unwrap();
+        let mut m = ModelReport::new(file, &[Position::default()], Rules::Exact, windows).unwrap();
+        m.tensors = vec![row];
+        assert!(render(&m, 0).len() < 20_000);
+    }
 
     #[test]
     fn the_scale_covers_its_ends() {

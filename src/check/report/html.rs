@@ -90,10 +90,12 @@ pub(super) fn render(report: &Report) -> String {
         "<section class=\"reading\"><h2>How to read this</h2><div class=\"text\">{READING}</div></section>"
     );
 
+    let equal = report.models.iter().any(|m| m.summary.kld.value <= 0.0);
+    let zero = if equal { " Models without divergence stand on the lower edge." } else { "" };
     let mut quality = chart(
         "Size against KL divergence",
         &scatter::render(report),
-        "Lower and further left is better. The line joins the models that no smaller one beats.",
+        &format!("Lower and further left is better. The line joins the models that no smaller one beats.{zero}"),
     );
     quality += &chart(
         "Along the window",

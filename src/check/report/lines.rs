@@ -38,7 +38,8 @@ fn render(series: &[(usize, &str, Vec<Point>)], title: &str, x_title: &str, y_ti
         }
     }
     let names: Vec<(usize, &str)> = series.iter().filter(|s| !s.2.is_empty()).map(|s| (s.0, s.1)).collect();
-    frame.svg(title, x_title, y_title, 8, &body) + &legend(&names)
+    let zero = if all().any(|p| p.y <= 0.0) { "<p class=\"small\">A line on the lower edge is at 0.</p>" } else { "" };
+    frame.svg(title, x_title, y_title, 8, &body) + &legend(&names) + zero
 }
 
 /// Relative difference of the hidden states behind each block; empty without rows.
