@@ -115,10 +115,10 @@ impl Spread {
             dimension: d,
             block_len: options.block,
             paper: paper.map(|edge| (ln_ball(d) + volume).exp() / edge),
-            tensor: volume.exp() / deviation(&variance),
+            tensor: (volume - deviation(&variance).ln()).exp(),
             channel: self.correlation(damping, par)?,
             block: (volume - in_blocks).exp(),
-            rotation: volume.exp() / rms,
+            rotation: (volume - rms.ln()).exp(),
         })
     }
 
