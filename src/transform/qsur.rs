@@ -115,19 +115,21 @@ impl Spread {
             dimension: d,
             block_len: options.block,
             paper: paper.map(|edge| (ln_ball(d) + volume).exp() / edge),
-            tensor: volume.exp() / deviation(&variance),
+            tensor: (volume - deviation(&variance).ln()).exp(),
             channel: self.correlation(damping, par)?,
             block: (volume - in_blocks).exp(),
-            rotation: volume.exp() / rms,
+            rotation: (volume - rms.ln()).exp(),
         })
     }
 
-    /// `det(Corr)^(1/2d)`, damped. A channel that does not vary correlates with nothing.
+    /// `det(Corr)^(1/2d)`, damped. A channel that does not vary correlates with nothing; its variance is rounding where it
+    /// is below 1e-12 of the mean variance, or below the 1e-6 of its squared mean that f32 sums resolve.
     fn correlation(&self, damping: f64, par: Par) -> Result<f64, QsurError> {
         let d = self.dimension();
+        let trace: f64 = (0..d).map(|i| self.covariance[i * d + i]).sum();
         let inverse: Vec<f64> = (0..d)
             .map(|i| match self.covariance[i * d + i] {
-                v if v > 0.0 => v.sqrt().recip(),
+                v if v > 1e-12 * trace / d as f64 && v > 1e-6 * self.mean[i] * self.mean[i] => v.sqrt().recip(),
                 _ => 0.0,
             })
             .collect();
@@ -315,7 +317,11 @@ mod tests {
         assert_eq!(diagonal(&[0.0; 2]).qsur(&EXACT, Par::Seq), Err(QsurError::NoSpread));
         assert!(s.qsur(&Options { block: 0, ..EXACT }, Par::Seq).is_err());
         assert!(s.qsur(&Options { damping: f64::NAN, ..EXACT }, Par::Seq).is_err());
-        // a dead channel
+        // dead channels, and what rounding leaves of them
+        let noise = spread(&[1.0, 0.0, 0.0, 0.0, -1e-19, 5e-20, 0.0, 5e-20, 1e-20]);
+        near(noise.qsur(&Options::default(), Par::Seq).unwrap().channel, 1.0);
+        let far = Spread { mean: vec![0.0, 1e4], covariance: vec![1.0, 0.1, 0.1, 0.1] };
+        near(far.qsur(&Options::default(), Par::Seq).unwrap().channel, 1.0);
         let q = diagonal(&[1.0, 0.0]).qsur(&Options { block: 1, ..Options::default() }, Par::Seq).unwrap();
         near(q.channel, 1.0);
         near(q.block, 1.0);
