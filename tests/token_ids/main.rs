@@ -304,7 +304,7 @@ fn vocabularies_that_cannot_be_used_are_refused_by_name() {
     let message = refusal(&|m| set(m, "bos_token_id", Value::U32(1 << 30))).to_string();
     assert!(message.contains("bos_token_id") && message.contains("1073741824"), "{message}");
     let message = refusal(&|m| set(m, "bos_token_id", Value::I32(1))).to_string();
-    assert!(message.contains("a i32, expected a u32"), "{message}");
+    assert!(message.contains("of type i32, expected u32"), "{message}");
     let message = refusal(&|m| set(m, "token_type", Value::Array(Array::I32(vec![1; 3])))).to_string();
     assert!(message.contains("3 elements"), "{message}");
     let message = refusal(&|m| set(m, "tokens", Value::strs(["a", "b", "a"]))).to_string();
@@ -312,7 +312,7 @@ fn vocabularies_that_cannot_be_used_are_refused_by_name() {
     let message = refusal(&|m| set(m, "tokens", Value::strs::<&str>([]))).to_string();
     assert!(message.contains("0 elements"), "{message}");
     let message = refusal(&|m| set(m, "merges", "a b".into())).to_string();
-    assert!(message.contains("a string, expected an array of string"), "{message}");
+    assert!(message.contains("of type string, expected array of string"), "{message}");
 }
 
 /// Bytes of a file changed at random: refused, or usable, never a panic.
@@ -346,7 +346,7 @@ fn damaged_vocabularies_are_refused_or_work() {
             }
         }
     }
-    assert!(refused > 50 && usable > 50, "{refused} refused, {usable} usable");
+    assert!(refused > 20 && usable > 400, "{refused} refused, {usable} usable");
 }
 
 #[test]
