@@ -4,10 +4,10 @@
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum EncodeError {
     /// A key that must be there is not.
-    #[error("key `{key}` is missing; a vocabulary needs it")]
+    #[error("key `{key}` is missing; convert the model again, with its tokenizer files")]
     Missing { key: &'static str },
     /// A key has another type than llama.cpp reads.
-    #[error("key `{key}` is {found}, expected {expected}")]
+    #[error("key `{key}` is of type {found}, expected {expected}")]
     Type { key: String, found: String, expected: &'static str },
     /// A vocabulary of another kind.
     #[error("`tokenizer.ggml.model` is `{model}` ({what}); text can be encoded for `llama`, `gpt2` and `gemma4`")]
@@ -15,6 +15,9 @@ pub enum EncodeError {
     /// A pre-tokenizer that llama.cpp b11434 does not have.
     #[error("`tokenizer.ggml.pre` is `{pre}`, which llama.cpp does not know; the nearest that it knows is `{nearest}`")]
     Pre { pre: String, nearest: String },
+    /// No tokens, or more than ids.
+    #[error("`tokenizer.ggml.tokens` has {found} elements, expected 1 to 4294967294")]
+    Count { found: usize },
     /// Arrays that belong together and do not fit.
     #[error("`{key}` has {found} elements for {tokens} tokens")]
     Length { key: &'static str, found: usize, tokens: usize },

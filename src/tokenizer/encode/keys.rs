@@ -11,8 +11,8 @@ fn type_name(value: &Value) -> String {
     const NAMES: [&str; 13] =
         ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"];
     match value {
-        Value::Array(array) => format!("an array of {}", NAMES[array.type_id() as usize]),
-        other => format!("a {}", NAMES[other.type_id() as usize]),
+        Value::Array(array) => format!("array of {}", NAMES[array.type_id() as usize]),
+        other => NAMES[other.type_id() as usize].to_string(),
     }
 }
 
@@ -25,7 +25,7 @@ pub fn string(metadata: &Metadata, key: &str) -> Result<Option<String>, EncodeEr
     match value::get(metadata, key) {
         None => Ok(None),
         Some(Value::Str(bytes)) => Ok(Some(String::from_utf8_lossy(bytes).into_owned())),
-        Some(other) => Err(wrong(key, other, "a string")),
+        Some(other) => Err(wrong(key, other, "string")),
     }
 }
 
@@ -34,7 +34,7 @@ pub fn flag(metadata: &Metadata, key: &str) -> Result<Option<bool>, EncodeError>
     match value::get(metadata, key) {
         None => Ok(None),
         Some(Value::Bool(b)) => Ok(Some(*b)),
-        Some(other) => Err(wrong(key, other, "a bool")),
+        Some(other) => Err(wrong(key, other, "bool")),
     }
 }
 
@@ -43,7 +43,7 @@ pub fn id(metadata: &Metadata, key: &str) -> Result<Option<u32>, EncodeError> {
     match value::get(metadata, key) {
         None => Ok(None),
         Some(Value::U32(id)) => Ok(Some(*id)),
-        Some(other) => Err(wrong(key, other, "a u32")),
+        Some(other) => Err(wrong(key, other, "u32")),
     }
 }
 
@@ -57,7 +57,7 @@ pub fn strings<'a>(
         Some(Value::Array(Array::Str(items))) => {
             Ok(Some(items.iter().map(|s| s.split(|&b| b == 0).next().unwrap_or_default())))
         }
-        Some(other) => Err(wrong(key, other, "an array of string")),
+        Some(other) => Err(wrong(key, other, "array of string")),
     }
 }
 
@@ -66,7 +66,7 @@ pub fn integers<'a>(metadata: &'a Metadata, key: &str) -> Result<Option<&'a [i32
     match value::get(metadata, key) {
         None => Ok(None),
         Some(Value::Array(Array::I32(items))) => Ok(Some(items)),
-        Some(other) => Err(wrong(key, other, "an array of i32")),
+        Some(other) => Err(wrong(key, other, "array of i32")),
     }
 }
 
@@ -76,6 +76,6 @@ pub fn scores(metadata: &Metadata, key: &str) -> Result<Option<Vec<f32>>, Encode
         None => Ok(None),
         Some(Value::Array(Array::F32(items))) => Ok(Some(items.clone())),
         Some(Value::Array(Array::I32(items))) => Ok(Some(items.iter().map(|&s| s as f32).collect())),
-        Some(other) => Err(wrong(key, other, "an array of f32")),
+        Some(other) => Err(wrong(key, other, "array of f32")),
     }
 }

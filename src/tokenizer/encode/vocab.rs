@@ -50,8 +50,8 @@ impl Vocab {
     pub fn read(metadata: &Metadata) -> Result<Vocab, EncodeError> {
         let tokens = keys::strings(metadata, TOKENS)?.ok_or(EncodeError::Missing { key: TOKENS })?;
         let count = tokens.len();
-        if count == 0 || u32::try_from(count).is_err() {
-            return Err(EncodeError::Length { key: TOKENS, found: count, tokens: count });
+        if !(1..NONE as usize).contains(&count) {
+            return Err(EncodeError::Count { found: count });
         }
         let scores = keys::scores(metadata, SCORES)?;
         if let Some(scores) = scores.as_ref().filter(|s| s.len() < count) {
