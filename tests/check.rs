@@ -44,15 +44,15 @@ fn a_lossless_copy_differs_in_nothing_and_fewer_bits_cost_more() {
     let dir = tempfile::tempdir().unwrap();
     let text = text(dir.path());
     let file = |n: &str| dir.path().join(n);
-    for ty in ["bf16", "q8_0", "q4_0", "q2_k"] {
+    for ty in ["bf16", "q8_0", "q5_0", "q4_0"] {
         convert(&fixture(), &file(&format!("{ty}.gguf")), ty);
     }
     let report = check(os![
         fixture(),
         file("bf16.gguf"),
         file("q8_0.gguf"),
+        file("q5_0.gguf"),
         file("q4_0.gguf"),
-        file("q2_k.gguf"),
         "--text",
         text,
         "--ctx",
@@ -76,7 +76,7 @@ fn a_lossless_copy_differs_in_nothing_and_fewer_bits_cost_more() {
         assert!(block(better) < block(worse), "{better} {worse}");
     }
     // uniform steps of d: error d²/12 on weights of size d x 127 (8 bits) or d x 8
-    assert!(error(1, "relative_error") < 1e-4 && (1e-3..2e-2).contains(&error(2, "relative_error")));
+    assert!(error(1, "relative_error") < 1e-4 && (1e-3..2e-2).contains(&error(3, "relative_error")));
     let base = figure(&report, 0, "ppl");
     assert!(base > 1.0 && (figure(&report, 3, "ppl_base") - base).abs() < 1e-9);
 }

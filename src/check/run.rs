@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::base_file::{BaseFile, BaseWriter, Chunk};
+use super::base_file::{BaseFile, Chunk};
+use super::base_writer::BaseWriter;
 use super::stats::{Position, compare_rows, nll_rows};
 use super::windows::Windows;
 use super::{CheckError, LogitsError};
