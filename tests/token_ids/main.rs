@@ -40,7 +40,7 @@ const TINY: &[&str] = &["tiny", "tiny-llama2", "tiny-llama3", "tiny-qwen3"];
 /// Name, number of ids, digest: of every pre-tokenizer on [`pairs_vocab`], of the fixtures' vocabularies on other text.
 fn fixture_lines(mut ids: impl FnMut(&str, &Metadata, &str) -> Vec<u32>) -> String {
     let mut lines = String::from(
-        "# Made with llama-tokenize of llama.cpp b11434 by tests/token_ids.rs (OSTQ_WRITE_TOKEN_IDS=1): vocabulary, number of ids, digest.\n",
+        "# Made with llama-tokenize of llama.cpp b11434 by tests/token_ids (OSTQ_WRITE_TOKEN_IDS=1): vocabulary, number of ids, digest.\n",
     );
     let mut line = |name: &str, ids: Vec<u32>| lines += &format!("{name} {} {}\n", ids.len(), hash(&ids));
     for pre in NAMES {
