@@ -165,6 +165,7 @@ fn an_interrupted_run_goes_on_where_it_stopped() {
             text: text.into(),
             second: true,
             output: true,
+            prior: 0,
             memory: job.memory,
             state,
         }
@@ -178,6 +179,7 @@ fn an_interrupted_run_goes_on_where_it_stopped() {
         text: String::new(),
         second: true,
         output: true,
+        prior: 0,
         memory: run::memory(&model, (9, 64), true, 1, None).unwrap(),
         state: &whole,
     };

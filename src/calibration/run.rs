@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::CalibrationError;
-use super::collector::{Collector, WeightSpec};
+use super::collector::{Collector, Coverage, WeightSpec};
 use super::hessian_file::{HessianFile, Origin};
 use super::hessian_write::{HessianSpec, HessianWriter};
 use super::imatrix_sums::ImatrixSums;
@@ -35,6 +35,8 @@ pub struct Job<'a> {
     pub second: bool,
     /// Also the head's input (`--process-output` of llama-imatrix).
     pub output: bool,
+    /// Tokens of the prior that experts get ([`super::moments::with_prior`]); 0: none, as llama-imatrix.
+    pub prior: u64,
     pub memory: Memory,
     /// Folder of the state; removed when the results are written.
     pub state: &'a Path,
@@ -95,6 +97,7 @@ struct State {
     length: usize,
     second: bool,
     output: bool,
+    prior: u64,
     isa: String,
     /// Layers that are done.
     layers: usize,
@@ -155,6 +158,8 @@ pub trait Watch {
     fn layer(&mut self, layers: usize);
     /// A state was found that has `layers` layers already.
     fn resumed(&mut self, layers: usize);
+    /// How many tokens the experts of a layer saw, before any prior.
+    fn experts(&mut self, _coverage: Vec<Coverage>) {}
 }
 
 /// Runs what is not done yet; sums of all weights. With `hessians` their second moments are written there.
@@ -171,6 +176,7 @@ pub fn run(job: &Job<'_>, hessians: Option<(&Path, bool)>, watch: &mut dyn Watch
         length: job.length,
         second: job.second,
         output: job.output,
+        prior: job.prior,
         isa: crate::formats::simd::isa().name().into(),
         layers: 0,
     };
@@ -189,6 +195,11 @@ pub fn run(job: &Job<'_>, hessians: Option<(&Path, bool)>, watch: &mut dyn Watch
         let mut collect = Collect(Collector::new(specs(job.model, l, job.second))?);
         let (from, mut to) = (stream(l)?, stream(l + 1)?);
         runner.layer(l, &from, &mut to, job.tokens.len(), job.memory.batch, &mut collect)?;
+        collect.0.check_shared()?;
+        watch.experts(collect.0.coverage());
+        if job.prior > 0 {
+            collect.0.apply_prior(job.prior)?;
+        }
         write_part(job, l, &collect.0)?;
         state.layers = l + 1;
         write_state(job.state, &state)?;
@@ -257,7 +268,6 @@ fn origin(job: &Job<'_>) -> Origin {
 }
 
 fn write_part(job: &Job<'_>, layer: usize, collector: &Collector) -> Result<(), CalibrationError> {
-    collector.check_shared()?;
     let path = part(job.state, layer, "imatrix");
     let sums = ImatrixSums::of(collector, Vec::new(), job.length as u32).map_err(|why| CalibrationError::file(&path, why))?;
     imatrix_write::write(&path, &sums, Format::Gguf, true)?;

@@ -50,6 +50,9 @@ pub struct CalibrateArgs {
     /// Also the input of the output matrix.
     #[arg(long)]
     process_output: bool,
+    /// Blend the sums of each expert with N tokens of the mean of its layer's experts; 0: as llama-imatrix.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    expert_prior: u64,
     /// gguf, or dat for programs that know only the older format.
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = OutputFormat::Gguf)]
     output_format: OutputFormat,
@@ -125,6 +128,7 @@ pub struct Request<'a> {
     pub chunks: Option<usize>,
     pub second: Option<(&'a Path, bool)>,
     pub output: bool,
+    pub prior: u64,
     pub threads: Option<u16>,
     pub max_memory: Option<u64>,
     pub state: &'a Path,
@@ -165,6 +169,7 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
         text: text::digest(&tokens),
         second,
         output: request.output,
+        prior: request.prior,
         memory,
         state: request.state,
     };
@@ -208,6 +213,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Path) -> Result<Imatr
             chunks: recipe.calibrate_tokens.map(|n| (n as usize / ctx).max(1)),
             second: None,
             output: false,
+            prior: 0,
             threads: args.threads(),
             max_memory: args.max_memory,
             state: &state,
@@ -244,6 +250,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
             chunks,
             second: args.hessian.as_deref().map(|p| (p, args.force)),
             output: args.process_output,
+            prior: args.expert_prior,
             threads: args.threads,
             max_memory: args.max_memory,
             state: &state,

@@ -197,6 +197,7 @@ fn calibrated(
             chunks: args.text.chunks.map(|n| n as usize),
             second: Some((&path, true)),
             output: true,
+            prior: 0,
             threads: args.threads,
             max_memory: args.max_memory,
             state,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::print;
+use crate::calibration::collector::{self, Coverage};
 use crate::calibration::run::Watch;
 
 /// Time between two lines.
@@ -21,6 +22,7 @@ pub struct Steps {
     /// Steps that were done before.
     before: usize,
     last_line: Instant,
+    coverage: Vec<Coverage>,
 }
 
 impl Steps {
@@ -34,7 +36,7 @@ impl Steps {
             bar
         });
         let now = Instant::now();
-        Steps { what, total, bar, quiet, start: now, before: 0, last_line: now }
+        Steps { what, total, bar, quiet, start: now, before: 0, last_line: now, coverage: Vec::new() }
     }
 
     /// `done` steps of all are done.
@@ -49,10 +51,20 @@ impl Steps {
         }
     }
 
-    /// Removes the bar.
+    /// Removes the bar; says how the experts of a mixture were covered.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
+        }
+        if !self.quiet && !self.coverage.is_empty() {
+            print::stderr(collector::coverage_table(&self.coverage).trim_end());
+        }
+        let unseen: usize = self.coverage.iter().map(Coverage::unseen).sum();
+        if unseen > 0 {
+            print::stderr(&format!(
+                "warning: {unseen} expert weights saw no token of this text: llama.cpp takes all their inputs for equally \
+                 important; more text, or --expert-prior, gives them something better"
+            ));
         }
     }
 }
@@ -60,6 +72,10 @@ impl Steps {
 impl Watch for Steps {
     fn layer(&mut self, layers: usize) {
         self.done(layers);
+    }
+
+    fn experts(&mut self, coverage: Vec<Coverage>) {
+        self.coverage.extend(coverage);
     }
 
     fn resumed(&mut self, layers: usize) {
