@@ -37,6 +37,7 @@ peers=${OSTQ_PEERS:-$HOME/.cache/ostq-peers}/bin
 bin=${OSTQ_BIN:-${CARGO_TARGET_DIR:-target}/release/ostq-convert}
 dir=${args[3]:-$(mktemp -d)}
 [ ${#args[@]} -ge 4 ] || trap 'rm -rf "$dir"' EXIT
+mkdir -p "$dir"
 log=$dir/log
 
 # timed COMMAND...: sets seconds and peak (MiB)

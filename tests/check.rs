@@ -222,3 +222,30 @@ fn a_conversion_can_check_itself() {
     let ran = program::run(args).exits(0);
     assert!(ran.stdout.contains("relative error") && ran.stdout.contains("blk.0.attn_q.weight"), "{}", ran.stdout);
 }
+
+/// Weights that are finite but so large that activations are not.
+#[test]
+fn activations_that_overflow_are_named_by_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = text(dir.path());
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for f in std::fs::read_dir(fixture()).unwrap().flatten() {
+        std::fs::copy(f.path(), model.join(f.file_name())).unwrap();
+    }
+    let file = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let json: Json = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let range = &json["model.layers.0.mlp.up_proj.weight"]["data_offsets"];
+    let (from, to) = (range[0].as_u64().unwrap() as usize, range[1].as_u64().unwrap() as usize);
+    // bf16 1.7e38
+    bytes[header + from..header + to].as_chunks_mut::<2>().0.iter_mut().for_each(|b| *b = [0x00, 0x7f]);
+    std::fs::write(&file, &bytes).unwrap();
+    let (model, text) = (model.to_str().unwrap(), text.to_str().unwrap());
+    let ran = program::run(["check", fixture().to_str().unwrap(), model, "--text", text, "--ctx", "64"]).exits(3);
+    assert!(ran.stderr.contains("layer 0: the activations hold"), "{}", ran.stderr);
+    let out = dir.path().join("i.gguf");
+    program::run(["calibrate", model, "-f", text, "-c", "64", "-o", out.to_str().unwrap()]).exits(3).says("blk.0.ffn_down");
+    assert!(!out.exists());
+}

@@ -96,3 +96,36 @@ fn gguf_files_of_other_architectures_give_transformers_logits() {
         assert!(d < 1e-5, "{name}: {d:e} of the range");
     }
 }
+
+/// Trained models against real llama.cpp, which computes in f32 here: f32 file, f32 cache, no flash attention.
+#[test]
+fn trained_models_give_llama_cpps_logits() {
+    let (Some(shared), Some(tool)) = (common::shared(), common::peer("llama-logits")) else { return };
+    let mut models = vec![shared.join("models/tiny-llama")];
+    match std::env::var_os("OSTQ_MODELS").map(|m| Path::new(&m).join("smollm2-135m")).filter(|m| m.is_dir()) {
+        Some(folder) => models.push(folder),
+        None => eprintln!("SKIPPED: no smollm2-135m (set OSTQ_MODELS, `just models`)"),
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for folder in models {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let (gguf, out) = (dir.path().join("model.gguf"), dir.path().join("logits"));
+        let run = |command: &mut std::process::Command| {
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        let ours = env!("CARGO_BIN_EXE_ostq-convert");
+        run(std::process::Command::new(ours).arg(&folder).arg(&gguf).args(["--outtype", "f32", "--quiet", "--force"]));
+        let ids: Vec<u32> = (0..96).map(|i| 5 + i * 7919 % 8000).collect();
+        run(std::process::Command::new(&tool).arg(&gguf).arg(&out).args(ids.iter().map(u32::to_string)));
+        let bytes = std::fs::read(&out).unwrap();
+        let want: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        // from the checkpoint and from the file
+        for path in [&folder, &gguf] {
+            let input = open(path);
+            let d = difference(&logits(path, &*input.source, &input.metadata, &ids), &want);
+            println!("{name}: {d:.2e} of the range");
+            assert!(d < 2e-5, "{name}: {d:e} of the range");
+        }
+    }
+}

@@ -41,6 +41,12 @@ pub fn write(path: &Path, sums: &ImatrixSums, format: Format, force: bool) -> Re
     Ok(out.publish()?)
 }
 
+/// Writes a part of an unfinished run: replaced if it is there, and not waited for until it is on the disk.
+pub(super) fn write_part(path: &Path, sums: &ImatrixSums) -> Result<(), CalibrationError> {
+    check(sums).map_err(|(name, why)| CalibrationError::tensor(path, name, why))?;
+    Ok(write_gguf(path, sums, true)?.publish_unsynced()?)
+}
+
 /// Shapes fit and values are finite: what a reader will demand.
 fn check(sums: &ImatrixSums) -> Result<(), (&str, String)> {
     if sums.entries.is_empty() {

@@ -14,7 +14,7 @@ use super::collector::{Collector, Coverage, WeightSpec};
 use super::hessian_file::{HessianFile, Origin};
 use super::hessian_write::{HessianSpec, HessianWriter};
 use super::imatrix_sums::ImatrixSums;
-use super::imatrix_write::{self, Format};
+use super::imatrix_write;
 use crate::checkpoint::CheckpointError;
 use crate::forward::run::Head;
 use crate::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner};
@@ -70,7 +70,8 @@ pub fn memory(
     let widest = model.spec.embed.max(model.feed_forward()) as u64;
     let second_copy = if second { widest * widest * 4 } else { 0 };
     // scores of attention and packing buffers of the products, per thread
-    let thread = (128 * length as u64 + (1 << 21)) * 4;
+    let group = (model.spec.heads / model.spec.kv_heads) as u64;
+    let thread = (96 * group * length as u64 + (1 << 21)) * 4;
     let fixed = BASE + model.layer_bytes() + sums + sums / 2 + second_copy + threads as u64 * thread;
     let of = |batch: usize| fixed + Runner::batch_bytes(model, batch * length);
     let mut batch = MOST.min(windows.max(1));
@@ -101,6 +102,8 @@ struct State {
     isa: String,
     /// Layers that are done.
     layers: usize,
+    /// [`Hidden::digest`] of the stream behind them: a crash of the machine may have lost what was not on the disk yet.
+    stream: String,
 }
 
 /// The weights of a layer whose inputs are seen, in the order of the forward pass.
@@ -179,17 +182,23 @@ pub fn run(job: &Job<'_>, hessians: Option<(&Path, bool)>, watch: &mut dyn Watch
         prior: job.prior,
         isa: crate::formats::simd::isa().name().into(),
         layers: 0,
+        stream: String::new(),
     };
-    let found = read_state(job.state).filter(|s| State { layers: 0, ..s.clone() } == state && s.layers > 0);
+    let found = read_state(job.state)
+        .filter(|s| s.layers > 0 && State { layers: 0, stream: String::new(), ..s.clone() } == state)
+        .filter(|s| (0..s.layers).all(|l| ImatrixSums::load(&part(job.state, l, "imatrix")).is_ok()));
     let mut runner = Runner::new(job.model, job.length, Activations::F32)?;
     let stream = |i: usize| Hidden::in_file(&job.state.join(format!("stream-{}.f32", i % 2)), bytes);
-    let mut from = stream(0)?;
+    let found = match found {
+        Some(s) if stream(s.layers)?.digest(job.tokens.len() * n)? == s.stream => Some(s),
+        _ => None,
+    };
     match found {
         Some(s) => {
             state = s;
             watch.resumed(state.layers);
         }
-        None => runner.embed(job.tokens, &mut from)?,
+        None => runner.embed(job.tokens, &mut stream(0)?)?,
     }
     for l in state.layers..job.model.spec.layers {
         let mut collect = Collect(Collector::new(specs(job.model, l, job.second))?);
@@ -202,6 +211,7 @@ pub fn run(job: &Job<'_>, hessians: Option<(&Path, bool)>, watch: &mut dyn Watch
         }
         write_part(job, l, &collect.0)?;
         state.layers = l + 1;
+        state.stream = to.digest(job.tokens.len() * n)?;
         write_state(job.state, &state)?;
         watch.layer(state.layers);
     }
@@ -270,7 +280,7 @@ fn origin(job: &Job<'_>) -> Origin {
 fn write_part(job: &Job<'_>, layer: usize, collector: &Collector) -> Result<(), CalibrationError> {
     let path = part(job.state, layer, "imatrix");
     let sums = ImatrixSums::of(collector, Vec::new(), job.length as u32).map_err(|why| CalibrationError::file(&path, why))?;
-    imatrix_write::write(&path, &sums, Format::Gguf, true)?;
+    imatrix_write::write_part(&path, &sums)?;
     if job.second {
         let specs: Vec<HessianSpec> = collector.weights().map(HessianSpec::from).collect();
         let names: Vec<String> = specs.iter().filter(|s| s.same_as.is_none()).map(|s| s.name.clone()).collect();

@@ -62,7 +62,8 @@ pub fn memory(models: &[&Model<'_>], windows: &Windows, threads: usize, limit: O
     let layer = largest(&|m| m.layer_bytes());
     let head_all = largest(&|m| (m.vocab * m.spec.embed * 4) as u64);
     let logits = largest(&|m| (windows.scored() * m.vocab * 4) as u64);
-    let thread = (128 * length as u64 + (1 << 21)) * 4 * threads as u64;
+    let group = largest(&|m| (m.spec.heads / m.spec.kv_heads) as u64);
+    let thread = (96 * group * length as u64 + (1 << 21)) * 4 * threads as u64;
     let of = |m: &Memory| {
         let pass = layer + largest(&|x| Runner::batch_bytes(x, m.batch * length));
         // heads are held by all models at once; a part of one needs room for its logits beside

@@ -220,14 +220,20 @@ impl PartFile {
 
     /// Gives the file its final name.
     pub fn publish(&mut self) -> Result<(), OutputError> {
+        self.publish_unsynced()?;
+        // the name itself must reach the disk
+        File::open(parent(&self.out)).and_then(|d| d.sync_all()).map_err(OutputError::io(&self.out))
+    }
+
+    /// The same for a file that need not outlive a crash of the machine.
+    pub fn publish_unsynced(&mut self) -> Result<(), OutputError> {
         let rename = if self.force { std::fs::rename(&self.part, &self.out) } else { self.rename_new() };
         rename.map_err(|e| match e.kind() {
             io::ErrorKind::AlreadyExists => OutputError::Exists(self.out.clone()),
             _ => OutputError::io(&self.out)(e),
         })?;
         self.published = true;
-        // the name itself must reach the disk
-        File::open(parent(&self.out)).and_then(|d| d.sync_all()).map_err(OutputError::io(&self.out))
+        Ok(())
     }
 
     /// Renames without replacing a file that appeared meanwhile.

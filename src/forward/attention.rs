@@ -1,6 +1,6 @@
 //! Causal attention of grouped queries over whole windows (Vaswani et al. 2017; GQA: Ainslie et al. 2023).
 //!
-//! One task is a block of queries of one head; it looks at the keys up to its last query only.
+//! One task is a block of queries of the heads that share a key; it looks at the keys up to its last query only.
 
 use faer::{MatMut, MatRef};
 use rayon::prelude::*;
@@ -9,8 +9,8 @@ use super::gemm::times;
 use super::kernels;
 use super::spec::Spec;
 
-/// Queries of a task.
-const BLOCK: usize = 128;
+/// Queries of a task, of each head: a multiple of the microkernels' heights.
+const BLOCK: usize = 96;
 
 /// `out[t, h] = softmax(scale · q kᵀ) v` for every window of `length` tokens.
 ///
@@ -18,8 +18,7 @@ const BLOCK: usize = 128;
 /// query sees, itself included.
 pub fn attend(spec: &Spec, q: &[f32], k: &[f32], v: &[f32], length: usize, window: Option<usize>, out: &mut [f32]) {
     let (hd, heads, kv_heads) = (spec.head_dim, spec.heads, spec.kv_heads);
-    let tokens = q.len() / (heads * hd);
-    let q = MatRef::from_row_major_slice(q, tokens, heads * hd);
+    let (tokens, group) = (q.len() / (heads * hd), heads / kv_heads);
     let k = MatRef::from_row_major_slice(k, tokens, kv_heads * hd);
     let v = MatRef::from_row_major_slice(v, tokens, kv_heads * hd);
     let mut tasks = Vec::new();
@@ -29,27 +28,37 @@ pub fn attend(spec: &Spec, q: &[f32], k: &[f32], v: &[f32], length: usize, windo
             let rows = BLOCK.min(length - first);
             let (mut band, below) = rest.split_at_row_mut(rows);
             rest = below;
-            for head in 0..heads {
-                let (block, right) = band.split_at_col_mut(hd);
+            for kv in 0..kv_heads {
+                let (block, right) = band.split_at_col_mut(group * hd);
                 band = right;
-                tasks.push((start, first, head, block));
+                tasks.push((start, first, kv, block));
             }
         }
     }
-    tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (start, first, head, block)| {
+    tasks.into_par_iter().for_each_init(Scratch::default, |s, (start, first, kv, mut block)| {
         let rows = block.nrows();
-        let kv = head / (heads / kv_heads) * hd;
         // the first key that the first query of the block sees
         let from = window.map_or(0, |w| (first + 1).saturating_sub(w));
         let keys = first + rows - from;
-        scores.resize(rows * keys, 0.0);
-        let q = q.submatrix(start + first, head * hd, rows, hd);
-        let k = k.submatrix(start + from, kv, keys, hd);
-        let v = v.submatrix(start + from, kv, keys, hd);
-        times(MatMut::from_row_major_slice_mut(scores, rows, keys), q, k.transpose(), spec.attention_scale);
-        for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
-            let end = first + i + 1 - from;
-            let begin = window.map_or(0, |w| (first + i + 1).saturating_sub(w).saturating_sub(from));
+        // the heads of a group share keys: their queries are stacked
+        s.queries.resize(group * rows * hd, 0.0);
+        for (head, queries) in s.queries.chunks_exact_mut(rows * hd).enumerate() {
+            for (i, row) in queries.chunks_exact_mut(hd).enumerate() {
+                let at = (start + first + i) * heads * hd + (kv * group + head) * hd;
+                row.copy_from_slice(&q[at..at + hd]);
+            }
+        }
+        s.scores.resize(group * rows * keys, 0.0);
+        s.mixed.resize(group * rows * hd, 0.0);
+        let k = k.submatrix(start + from, kv * hd, keys, hd);
+        let v = v.submatrix(start + from, kv * hd, keys, hd);
+        let queries = MatRef::from_row_major_slice(&s.queries, group * rows, hd);
+        let scores = MatMut::from_row_major_slice_mut(&mut s.scores, group * rows, keys);
+        times(scores, queries, k.transpose(), spec.attention_scale);
+        for (i, row) in s.scores.chunks_exact_mut(keys).enumerate() {
+            let query = first + i % rows;
+            let end = query + 1 - from;
+            let begin = window.map_or(0, |w| (query + 1).saturating_sub(w).saturating_sub(from));
             if let Some(cap) = spec.attention_soft_cap {
                 kernels::soft_cap(&mut row[begin..end], cap);
             }
@@ -57,8 +66,23 @@ pub fn attend(spec: &Spec, q: &[f32], k: &[f32], v: &[f32], length: usize, windo
             row[..begin].fill(0.0);
             row[end..].fill(0.0);
         }
-        times(block, MatRef::from_row_major_slice(scores, rows, keys), v, 1.0);
+        let scores = MatRef::from_row_major_slice(&s.scores, group * rows, keys);
+        times(MatMut::from_row_major_slice_mut(&mut s.mixed, group * rows, hd), scores, v, 1.0);
+        let mixed = MatRef::from_row_major_slice(&s.mixed, group * rows, hd);
+        for head in 0..group {
+            block.as_mut().subcols_mut(head * hd, hd).copy_from(mixed.subrows(head * rows, rows));
+        }
     });
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Scratch {
+    /// `[group x rows, head_dim]`, as `mixed`.
+    queries: Vec<f32>,
+    /// `[group x rows, keys]`.
+    scores: Vec<f32>,
+    mixed: Vec<f32>,
 }
 
 /// Floating-point operations of [`attend`] for one window of `length` tokens, counting what causality needs.

@@ -7,40 +7,50 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 /// Rows (tokens) and columns (outputs) of a tile.
-const TILE: (usize, usize) = (512, 768);
+const TILE: (usize, usize) = (256, 768);
 /// Tiles are multiples of the microkernels' height (24 with AVX2, 48 with AVX-512), so that few values are left over.
 const HEIGHT: usize = 48;
 
-/// `out = a · bᵀ`: `a` is `[m, k]`, `b` is `[n, k]`, `out` is `[m, n]`, all row-major. Threads of the current pool share it.
+/// `out = a · bᵀ`: `a` is `[m, k]`, `b` is `[n, k]`, `out` is `[m, n]`, all row-major.
+pub struct Product<'a> {
+    pub a: &'a [f32],
+    pub b: &'a [f32],
+    pub k: usize,
+    pub out: &'a mut [f32],
+}
+
+/// One product. Threads of the current pool share it.
 pub fn product(a: &[f32], b: &[f32], k: usize, out: &mut [f32]) {
-    let (m, n) = (a.len() / k, b.len() / k);
-    assert!(a.len() == m * k && b.len() == n * k && out.len() == m * n, "shapes of a product");
-    if m == 0 || n == 0 {
-        return;
-    }
-    let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, n, k));
-    let out = MatMut::from_row_major_slice_mut(out, m, n);
+    products([Product { a, b, k, out }]);
+}
+
+/// Several products side by side, so that threads wait for each other once.
+pub fn products<'a>(all: impl IntoIterator<Item = Product<'a>>) {
     let mut tiles = Vec::new();
-    let mut rest = out;
-    for (row, rows) in pieces(m, TILE.0) {
-        let (mut band, below) = rest.split_at_row_mut(rows);
-        rest = below;
-        for (column, columns) in pieces(n, TILE.1) {
-            let (tile, right) = band.split_at_col_mut(columns);
-            band = right;
-            tiles.push((row, column, tile));
+    for Product { a, b, k, out } in all {
+        let (m, n) = (a.len() / k, b.len() / k);
+        assert!(a.len() == m * k && b.len() == n * k && out.len() == m * n, "shapes of a product");
+        if m == 0 || n == 0 {
+            continue;
+        }
+        let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, n, k));
+        let mut rest = MatMut::from_row_major_slice_mut(out, m, n);
+        for (row, rows) in pieces(m, TILE.0) {
+            let (mut band, below) = rest.split_at_row_mut(rows);
+            rest = below;
+            for (column, columns) in pieces(n, TILE.1) {
+                let (tile, right) = band.split_at_col_mut(columns);
+                band = right;
+                tiles.push((a.subrows(row, rows), b.subrows(column, columns), tile));
+            }
         }
     }
-    tiles.into_par_iter().for_each(|(row, column, tile)| {
-        let a = a.subrows(row, tile.nrows());
-        let b = b.subrows(column, tile.ncols());
-        times(tile, a, b.transpose(), 1.0);
-    });
+    tiles.into_par_iter().with_max_len(1).for_each(|(a, b, tile)| times(tile, a, b.transpose(), 1.0));
 }
 
 /// Start and length of pieces of about `most`, all but the last of them multiples of [`HEIGHT`].
 fn pieces(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    let step = n.div_ceil(n.div_ceil(most)).next_multiple_of(HEIGHT);
+    let step = n.div_ceil(n.div_ceil(most).max(1)).max(1).next_multiple_of(HEIGHT);
     (0..n).step_by(step).map(move |at| (at, step.min(n - at)))
 }
 

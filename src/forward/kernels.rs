@@ -212,6 +212,17 @@ vectorized! {
 }
 
 vectorized! {
+    /// Sum of the values' bits, each mixed with its place.
+    pub fn checksum(x: &[f32]) -> u64 {
+        let mut sum = 0u64;
+        for (i, v) in x.iter().enumerate() {
+            sum = sum.wrapping_add(u64::from((v.to_bits() ^ i as u32).wrapping_mul(0x9e37_79b1)));
+        }
+        sum
+    }
+}
+
+vectorized! {
     /// Largest size.
     pub fn abs_max(x: &[f32]) -> f32 {
         let mut lanes = [0.0f32; LANES];

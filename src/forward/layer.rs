@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::attention::attend;
-use super::gemm::product;
+use super::gemm::{Product, products};
 use super::model::Model;
 use super::rope::RopeTable;
 use super::rounding::{Activations, Rounding, to_f16};
@@ -33,11 +33,27 @@ impl Linear {
 
     /// `out = x Wᵀ + b`; `x` is `[tokens, inputs]`.
     fn run(&self, x: &mut Input<'_>, out: &mut Vec<f32>) {
-        let tokens = x.x.len() / self.inputs;
-        out.resize(tokens * self.outputs(), 0.0);
-        product(x.rounded(self.rounding, self.inputs), &self.weight, self.inputs, out);
-        if let Some(bias) = &self.bias {
-            out.par_chunks_mut(self.outputs()).for_each(|row| kernels::add(row, bias));
+        run_all([(self, out)], x);
+    }
+}
+
+/// Linears of one input; side by side if they want it rounded alike.
+fn run_all<'a, const N: usize>(mut linears: [(&'a Linear, &'a mut Vec<f32>); N], x: &mut Input<'_>) {
+    for (l, out) in &mut linears {
+        out.resize(x.x.len() / l.inputs * l.outputs(), 0.0);
+    }
+    let mut rest = &mut linears[..];
+    while let Some((first, _)) = rest.first() {
+        let rounding = first.rounding;
+        let alike = rest.iter().take_while(|(l, _)| l.rounding == rounding).count();
+        let (now, later) = rest.split_at_mut(alike);
+        rest = later;
+        let x = x.rounded(rounding, now[0].0.inputs);
+        products(now.iter_mut().map(|(l, out)| Product { a: x, b: &l.weight, k: l.inputs, out }));
+    }
+    for (l, out) in linears {
+        if let Some(bias) = &l.bias {
+            out.par_chunks_mut(l.outputs()).for_each(|row| kernels::add(row, bias));
         }
     }
 }
@@ -173,9 +189,7 @@ impl Layer {
         let input = pre_norm(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
         show(observer, &[&self.q.name, &self.k.name, &self.v.name], input, (pass.length, spec.embed))?;
         let mut input = Input::new(input, &mut s.rounded);
-        self.q.run(&mut input, &mut s.q);
-        self.k.run(&mut input, &mut s.k);
-        self.v.run(&mut input, &mut s.v);
+        run_all([(&self.q, &mut s.q), (&self.k, &mut s.k), (&self.v, &mut s.v)], &mut input);
         let window = spec.window_of(self.index);
         let rope = spec.has_rope(self.index).then_some(if window.is_some() { pass.window_rope } else { pass.rope });
         let finish = |heads: &mut [f32], norm: &Option<Vec<f32>>, width: usize| {
@@ -221,8 +235,7 @@ impl Layer {
             FeedForward::Dense { gate, up, down } => {
                 show(observer, &[&gate.name, &up.name], input, (pass.length, spec.embed))?;
                 let mut input = Input::new(input, &mut s.rounded);
-                gate.run(&mut input, &mut s.gate);
-                up.run(&mut input, &mut s.up);
+                run_all([(gate, &mut s.gate), (up, &mut s.up)], &mut input);
                 activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
                 show(observer, &[&down.name], &s.gate, (pass.length, down.inputs))?;
                 down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut s.branch);
@@ -253,8 +266,7 @@ impl Layer {
                     let which = (e, spec.experts);
                     show_expert(observer, &[&gate.name, &up.name], which, &rows, (&counts, spec.embed))?;
                     let mut input = Input::new(&rows, &mut s.rounded);
-                    gate.run(&mut input, &mut s.gate);
-                    up.run(&mut input, &mut s.up);
+                    run_all([(&gate, &mut s.gate), (&up, &mut s.up)], &mut input);
                     activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
                     show_expert(observer, &[&down.name], which, &s.gate, (&counts, down.inputs))?;
                     down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut out);

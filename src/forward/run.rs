@@ -14,6 +14,9 @@ use super::rope::RopeTable;
 use super::rounding::{Activations, Rounding};
 use super::{ForwardError, Model, Observer, kernels};
 
+/// Values that one thread reads or writes at a time.
+const PIECE: usize = 1 << 19;
+
 /// The residual stream of every token, `[tokens, embed]`.
 pub enum Hidden {
     Memory(Vec<f32>),
@@ -41,22 +44,40 @@ impl Hidden {
 
     /// Values from `at` on.
     pub fn read(&self, at: usize, out: &mut [f32]) -> Result<(), ForwardError> {
-        match self {
-            Hidden::Memory(v) => out.copy_from_slice(&v[at..at + out.len()]),
-            Hidden::File { file, path } => file
-                .read_exact_at(bytemuck::cast_slice_mut(out), at as u64 * 4)
-                .map_err(|source| ForwardError::Io { file: path.clone(), source })?,
-        }
-        Ok(())
+        out.par_chunks_mut(PIECE).enumerate().try_for_each(|(i, out)| {
+            let at = at + i * PIECE;
+            match self {
+                Hidden::Memory(v) => out.copy_from_slice(&v[at..at + out.len()]),
+                Hidden::File { file, path } => file
+                    .read_exact_at(bytemuck::cast_slice_mut(out), at as u64 * 4)
+                    .map_err(|source| ForwardError::Io { file: path.clone(), source })?,
+            }
+            Ok(())
+        })
+    }
+
+    /// A checksum of the first `values` values, in hexadecimal: against accidents, not against intent.
+    pub fn digest(&self, values: usize) -> Result<String, ForwardError> {
+        let piece = |i: usize| {
+            let at = i * PIECE;
+            let mut x = vec![0.0; PIECE.min(values - at)];
+            self.read(at, &mut x)?;
+            Ok::<u64, ForwardError>(kernels::checksum(&x).wrapping_mul(2 * i as u64 + 1))
+        };
+        let parts = (0..values.div_ceil(PIECE)).into_par_iter().map(piece).collect::<Result<Vec<_>, _>>()?;
+        Ok(format!("{:016x}", parts.iter().fold(0u64, |all, p| all.wrapping_add(*p))))
     }
 
     /// Overwrites values from `at` on.
     pub fn write(&mut self, at: usize, values: &[f32]) -> Result<(), ForwardError> {
         match self {
             Hidden::Memory(v) => v[at..at + values.len()].copy_from_slice(values),
-            Hidden::File { file, path } => file
-                .write_all_at(bytemuck::cast_slice(values), at as u64 * 4)
-                .map_err(|source| ForwardError::Io { file: path.clone(), source })?,
+            Hidden::File { file, path } => {
+                values.par_chunks(PIECE).enumerate().try_for_each(|(i, values)| {
+                    file.write_all_at(bytemuck::cast_slice(values), (at + i * PIECE) as u64 * 4)
+                        .map_err(|source| ForwardError::Io { file: path.clone(), source })
+                })?;
+            }
         }
         Ok(())
     }
