@@ -109,9 +109,8 @@ fn threads_and_batches_change_no_byte() {
     let dir = tempfile::tempdir().unwrap();
     let text = text(dir.path());
     let mut files = Vec::new();
-    for (i, extra) in [&["--threads", "1"][..], &["--threads", "3"], &["--threads", "2", "--max-memory", "114MiB"]]
-        .iter()
-        .enumerate()
+    for (i, extra) in
+        [&["--threads", "1"][..], &["--threads", "3"], &["--threads", "2", "--max-memory", "114MiB"]].iter().enumerate()
     {
         let out = dir.path().join(format!("{i}.gguf"));
         let hessian = dir.path().join(format!("{i}.hessian"));
@@ -235,7 +234,8 @@ fn what_cannot_be_calibrated_is_refused() {
         (vec!["-f", "/nowhere/text.txt"], 3, "/nowhere/text.txt"),
         (vec!["--max-memory", "1MiB"], 4, "needs at least"),
     ] {
-        let out = program().arg("calibrate").arg(fixture()).arg("-o").arg(dir.path().join("x.gguf")).args(&extra).output();
+        let out =
+            program().arg("calibrate").arg(fixture()).arg("-o").arg(dir.path().join("x.gguf")).args(&extra).output();
         let out = out.unwrap();
         let stderr = String::from_utf8_lossy(&out.stderr);
         assert_eq!(out.status.code(), Some(code), "{extra:?}: {stderr}");
@@ -251,7 +251,9 @@ fn a_conversion_can_calibrate_first() {
     let text = text(dir.path());
     let file = |name: &str| dir.path().join(name);
     let mut c = program();
-    run_ok(c.arg("calibrate").arg(fixture()).arg("-o").arg(file("i.gguf")).arg("-f").arg(&text).args(["-c", "64", "-q"]));
+    run_ok(
+        c.arg("calibrate").arg(fixture()).arg("-o").arg(file("i.gguf")).arg("-f").arg(&text).args(["-c", "64", "-q"]),
+    );
     let convert = |out: &str, extra: &[&str]| {
         let mut c = program();
         run_ok(c.arg(fixture()).arg(file(out)).args(["--type", "q4_k_m", "-q"]).args(extra))

@@ -136,8 +136,7 @@ fn emulated_kernels_give_llama_perplexitys_figures() {
         "ggml"
     ]);
     for (i, ty) in types.iter().enumerate() {
-        let printed =
-            llama(os!["-m", file(&format!("{ty}.gguf")), "--kl-divergence", "--kl-divergence-base", base]);
+        let printed = llama(os!["-m", file(&format!("{ty}.gguf")), "--kl-divergence", "--kl-divergence-base", base]);
         let number = |key: &str| {
             let line = printed.lines().find(|l| l.contains(key)).unwrap_or_else(|| panic!("{key}: {printed}"));
             line.split(':').nth(1).unwrap().split_whitespace().next().unwrap().parse::<f64>().unwrap()
@@ -164,9 +163,13 @@ fn a_base_file_stands_in_for_the_reference() {
     assert!((a / b - 1.0).abs() < 1e-2, "{a} {b}");
     assert_eq!(stored["run"]["from_base_file"], true);
     assert_eq!(direct["run"]["positions"], stored["run"]["positions"]);
-    program::run(["check", fixture().to_str().unwrap(), "--text", text.to_str().unwrap(), "--save-all-logits"].iter().chain(
-        &[base.to_str().unwrap(), "--ctx", "64"],
-    ))
+    program::run(
+        ["check", fixture().to_str().unwrap(), "--text", text.to_str().unwrap(), "--save-all-logits"].iter().chain(&[
+            base.to_str().unwrap(),
+            "--ctx",
+            "64",
+        ]),
+    )
     .exits(2)
     .says("exists");
 }
@@ -246,6 +249,8 @@ fn activations_that_overflow_are_named_by_layer() {
     let ran = program::run(["check", fixture().to_str().unwrap(), model, "--text", text, "--ctx", "64"]).exits(3);
     assert!(ran.stderr.contains("layer 0: the activations hold"), "{}", ran.stderr);
     let out = dir.path().join("i.gguf");
-    program::run(["calibrate", model, "-f", text, "-c", "64", "-o", out.to_str().unwrap()]).exits(3).says("blk.0.ffn_down");
+    program::run(["calibrate", model, "-f", text, "-c", "64", "-o", out.to_str().unwrap()])
+        .exits(3)
+        .says("blk.0.ffn_down");
     assert!(!out.exists());
 }

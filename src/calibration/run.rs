@@ -166,7 +166,11 @@ pub trait Watch {
 }
 
 /// Runs what is not done yet; sums of all weights. With `hessians` their second moments are written there.
-pub fn run(job: &Job<'_>, hessians: Option<(&Path, bool)>, watch: &mut dyn Watch) -> Result<ImatrixSums, CalibrationError> {
+pub fn run(
+    job: &Job<'_>,
+    hessians: Option<(&Path, bool)>,
+    watch: &mut dyn Watch,
+) -> Result<ImatrixSums, CalibrationError> {
     let n = job.model.spec.embed;
     let bytes = (job.tokens.len() * n * 4) as u64;
     std::fs::create_dir_all(job.state).map_err(|e| io(job.state, e))?;
@@ -279,7 +283,8 @@ fn origin(job: &Job<'_>) -> Origin {
 
 fn write_part(job: &Job<'_>, layer: usize, collector: &Collector) -> Result<(), CalibrationError> {
     let path = part(job.state, layer, "imatrix");
-    let sums = ImatrixSums::of(collector, Vec::new(), job.length as u32).map_err(|why| CalibrationError::file(&path, why))?;
+    let sums =
+        ImatrixSums::of(collector, Vec::new(), job.length as u32).map_err(|why| CalibrationError::file(&path, why))?;
     imatrix_write::write_part(&path, &sums)?;
     if job.second {
         let specs: Vec<HessianSpec> = collector.weights().map(HessianSpec::from).collect();

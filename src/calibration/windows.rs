@@ -44,12 +44,7 @@ pub fn ids(encoder: &TextEncoder, texts: &[Text]) -> Vec<u32> {
 }
 
 /// The first `limit` whole windows of `length` tokens, each with its BOS.
-pub fn windows(
-    encoder: &TextEncoder,
-    ids: &[u32],
-    length: usize,
-    limit: Option<usize>,
-) -> Result<Vec<u32>, String> {
+pub fn windows(encoder: &TextEncoder, ids: &[u32], length: usize, limit: Option<usize>) -> Result<Vec<u32>, String> {
     let count = (ids.len() / length.max(1)).min(limit.unwrap_or(usize::MAX));
     if length == 0 || count == 0 {
         return Err(format!("the text has {} tokens; a window needs {length}", ids.len()));

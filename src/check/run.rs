@@ -195,9 +195,8 @@ pub fn run(
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for from in (0..w.n_chunks()).step_by(settings.memory.scored) {
         let to = (from + settings.memory.scored).min(w.n_chunks());
-        let next: Vec<i32> = (from..to)
-            .flat_map(|c| w.next(w.tokens(settings.tokens, c).unwrap_or_default()).iter().copied())
-            .collect();
+        let next: Vec<i32> =
+            (from..to).flat_map(|c| w.next(w.tokens(settings.tokens, c).unwrap_or_default()).iter().copied()).collect();
         let rows = |i: usize, logits: &mut Vec<f32>, heads: &mut [Head<'_>]| -> Result<(), RunError> {
             let n = all[i].spec.embed;
             let mut x = vec![0.0; (to - from) * w.scored() * n];

@@ -162,6 +162,11 @@ impl ConvertArgs {
         self.output.as_ref().or(self.outfile.as_ref())
     }
 
+    /// True if `--calibrate` was given.
+    pub fn calibrates(&self) -> bool {
+        !self.calibrate.is_empty()
+    }
+
     /// `--threads`, if given.
     pub fn threads(&self) -> Option<u16> {
         self.threads

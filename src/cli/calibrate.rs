@@ -258,9 +258,9 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         },
     )?;
     for path in &args.in_file {
-        let notes = sums.add(ImatrixSums::load(path)?).map_err(|e| {
-            Failure::new(REFUSED, format!("{}: {e}", path.display()))
-        })?;
+        let notes = sums
+            .add(ImatrixSums::load(path)?)
+            .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
         for note in notes {
             print::stderr(&format!("warning: {}: {note}", path.display()));
         }

@@ -122,7 +122,10 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     let base = args.kl_divergence_base.as_deref().map(BaseFile::open).transpose()?;
     let first = usize::from(base.is_none());
     if base.is_none() && all.len() < 2 && args.save_all_logits.is_none() {
-        return Err(Failure::new(USAGE, "name a model to compare with the reference: check REFERENCE MODEL --text FILE"));
+        return Err(Failure::new(
+            USAGE,
+            "name a model to compare with the reference: check REFERENCE MODEL --text FILE",
+        ));
     }
     let text = Evaluation::new(&args, &opened, base.as_ref())?;
     let models: Vec<&Model<'_>> = all[first..].iter().collect();
@@ -130,7 +133,10 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     for (m, o) in all.iter().zip(&opened).skip(1) {
         if m.vocab != vocab {
             let (a, b) = (args.paths[0].display(), o.path.display());
-            return Err(Failure::new(REFUSED, format!("{b} has {} words, {a} has {vocab}: they cannot be compared", m.vocab)));
+            return Err(Failure::new(
+                REFUSED,
+                format!("{b} has {} words, {a} has {vocab}: they cannot be compared", m.vocab),
+            ));
         }
     }
     let mut report = compare(&args, &all, first, base, &text, vocab, &opened)?;

@@ -20,8 +20,10 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         return Err(Failure::new(USAGE, "name the file to write: ostq-convert IN OUT.gguf (or --dry-run)"));
     };
     install_signal_handlers()?;
-    // before a calibration that takes its time
-    output::check(&out, &[], None, true)?;
+    if args.calibrates() {
+        // it takes its time
+        output::check(&out, &[], None, args.force)?;
+    }
     let prepared = prepare(&args, true)?;
     if args.print_recipe {
         print::stdout(prepared.options.recipe.to_toml().as_bytes())?;

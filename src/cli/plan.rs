@@ -44,7 +44,8 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
 /// An importance matrix as a calibration would give it, all ones: types and sizes depend on its entries only.
 fn supposed(input: &Input) -> Imatrix {
     let weights = input.source.tensors().iter().filter(|t| t.name.starts_with("blk.") && t.dims.len() > 1);
-    let ones = |t: &crate::source::SourceTensor| vec![1.0; t.row_len() as usize * t.dims.get(2).map_or(1, |&n| n as usize)];
+    let ones =
+        |t: &crate::source::SourceTensor| vec![1.0; t.row_len() as usize * t.dims.get(2).map_or(1, |&n| n as usize)];
     Imatrix { entries: weights.map(|t| (t.name.clone(), ones(t))).collect(), ..Imatrix::default() }
 }
 

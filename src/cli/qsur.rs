@@ -87,7 +87,8 @@ pub fn run(args: QsurArgs) -> Result<(), Failure> {
     let options = Options { damping: args.damping, block: args.block.into(), paper: args.paper };
     let pool = pool(args.threads)?;
     let mut report = Report { damping: args.damping, rows: Vec::new() };
-    let wanted = |name: &str| args.include_weights.is_empty() || args.include_weights.iter().any(|p| name.contains(&**p));
+    let wanted =
+        |name: &str| args.include_weights.is_empty() || args.include_weights.iter().any(|p| name.contains(&**p));
     let source = &*opened.input.source;
     for (i, t) in source.tensors().iter().enumerate() {
         let is_linear = t.name.starts_with("blk.") || t.name == "output.weight";

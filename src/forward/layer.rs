@@ -86,9 +86,15 @@ impl<'a> Input<'a> {
 
 /// The feed-forward branch.
 pub enum FeedForward {
-    Dense { gate: Linear, up: Linear, down: Linear },
+    Dense {
+        gate: Linear,
+        up: Linear,
+        down: Linear,
+    },
     /// Experts are loaded when their turn comes.
-    Experts { router: Linear },
+    Experts {
+        router: Linear,
+    },
 }
 
 /// Weights of a layer.

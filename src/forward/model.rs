@@ -78,9 +78,7 @@ impl<'a> Model<'a> {
     fn check(&mut self) -> Result<(), ForwardError> {
         for t in self.source.tensors() {
             let known = match t.name.strip_prefix("blk.").and_then(|n| n.split_once('.')) {
-                Some((n, rest)) => {
-                    n.parse::<usize>().is_ok_and(|n| n < self.spec.layers) && KNOWN.contains(&rest)
-                }
+                Some((n, rest)) => n.parse::<usize>().is_ok_and(|n| n < self.spec.layers) && KNOWN.contains(&rest),
                 None => GLOBAL.contains(&t.name.as_str()),
             };
             if !known {
@@ -338,13 +336,11 @@ impl<'a> Model<'a> {
             self.vector("rope_factors_short.weight")?
         };
         if let Some(f) = factors.as_ref().filter(|f| f.len() < s.rope_dims / 2 || f.iter().any(|v| *v <= 0.0)) {
-            return Err(ForwardError::tensor("rope factors", format!("{} values, not one per pair", f.len()))
-                .of(&self.path));
+            return Err(
+                ForwardError::tensor("rope factors", format!("{} values, not one per pair", f.len())).of(&self.path)
+            );
         }
-        Ok((
-            RopeTable::new(s, &s.rope, factors.as_deref(), length),
-            RopeTable::new(s, &s.window_rope, None, length),
-        ))
+        Ok((RopeTable::new(s, &s.rope, factors.as_deref(), length), RopeTable::new(s, &s.window_rope, None, length)))
     }
 
     /// Bytes of the largest layer as f32, and of one expert's matrices where there are any.

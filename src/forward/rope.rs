@@ -3,8 +3,8 @@
 //! Source: `ggml_compute_forward_rope_flt`, `rope_yarn` (ggml b11434), `llama_context` (attention factor of YaRN) and, for
 //! the methods, RoFormer (Su et al. 2021) and YaRN (Peng et al. 2023). Angles are computed in f64.
 
-use super::spec::{RopeStyle, Spec};
 use super::kernels;
+use super::spec::{RopeStyle, Spec};
 
 /// What scales the angles of one kind of layer.
 #[derive(Clone, Debug, PartialEq)]

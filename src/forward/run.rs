@@ -21,15 +21,17 @@ const PIECE: usize = 1 << 19;
 pub enum Hidden {
     Memory(Vec<f32>),
     /// In a file, native byte order.
-    File { file: File, path: PathBuf },
+    File {
+        file: File,
+        path: PathBuf,
+    },
 }
 
 impl Hidden {
     /// In a file at `path`, created or opened, `bytes` long.
     pub fn in_file(path: &Path, bytes: u64) -> Result<Hidden, ForwardError> {
         let io = |source| ForwardError::Io { file: path.to_path_buf(), source };
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         file.set_len(bytes).map_err(io)?;
         Ok(Hidden::File { file, path: path.to_path_buf() })
     }
@@ -179,8 +181,7 @@ impl<'a> Runner<'a> {
             if !kernels::all_finite(&x) {
                 let i = x.iter().position(|v| !v.is_finite()).unwrap_or(0);
                 let (token, column) = (at + i / n, i % n);
-                return Err(ForwardError::NotFinite { layer: l, token, column, value: x[i] }
-                    .of(self.model.path()));
+                return Err(ForwardError::NotFinite { layer: l, token, column, value: x[i] }.of(self.model.path()));
             }
             write(at * n, &x)?;
         }

@@ -134,7 +134,9 @@ impl Keys<'_> {
                 u64::try_from(v[0]).ok()
             }
             Some(Value::Array(Array::U32(v))) if !v.is_empty() && v.iter().all(|x| *x == v[0]) => Some(v[0].into()),
-            Some(Value::Array(_)) => return Err(self.bad(key, "values that differ from layer to layer cannot be run yet")),
+            Some(Value::Array(_)) => {
+                return Err(self.bad(key, "values that differ from layer to layer cannot be run yet"));
+            }
             Some(v) => v.as_u64(),
         };
         // nothing is near these; products of two stay far below 2^64
@@ -183,7 +185,8 @@ impl Spec {
             known: TRAITS.iter().map(|t| t.arch).collect::<Vec<_>>().join(", "),
         })?;
         let k = Keys { metadata, arch };
-        let (layers, embed, heads) = (k.int("block_count")?, k.int("embedding_length")?, k.int("attention.head_count")?);
+        let (layers, embed, heads) =
+            (k.int("block_count")?, k.int("embedding_length")?, k.int("attention.head_count")?);
         let kv_heads = k.opt("attention.head_count_kv")?.unwrap_or(heads);
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(k.bad("attention.head_count_kv", format!("{kv_heads} does not divide {heads} heads")));
