@@ -76,7 +76,7 @@ fn a_lossless_copy_differs_in_nothing_and_fewer_bits_cost_more() {
         assert!(block(better) < block(worse), "{better} {worse}");
     }
     // uniform steps of d: error d²/12 on weights of size d x 127 (8 bits) or d x 8
-    assert!(error(1, "relative_error") < 1e-4 && (1e-3..2e-2).contains(&error(3, "relative_error")));
+    assert!(error(1, "relative_error") < 1e-4 && (1e-3..5e-2).contains(&error(3, "relative_error")));
     let base = figure(&report, 0, "ppl");
     assert!(base > 1.0 && (figure(&report, 3, "ppl_base") - base).abs() < 1e-9);
 }
@@ -112,7 +112,7 @@ fn emulated_kernels_give_llama_perplexitys_figures() {
         String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
     };
     let base = file("base");
-    llama(os!["-m", file("bf16.gguf"), "-f", evaluation, "--chunks", "4", "--kl-divergence-base", base]);
+    llama(os!["-m", file("bf16.gguf"), "-f", evaluation, "--chunks", "8", "--kl-divergence-base", base]);
     let report = check(os![
         file("bf16.gguf"),
         file("q4_k_m.gguf"),
@@ -121,7 +121,7 @@ fn emulated_kernels_give_llama_perplexitys_figures() {
         "--text",
         evaluation,
         "--chunks",
-        "4",
+        "8",
         "--activations",
         "ggml"
     ]);

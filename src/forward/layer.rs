@@ -198,7 +198,7 @@ impl Layer {
         run_all([(&self.q, &mut s.q), (&self.k, &mut s.k), (&self.v, &mut s.v)], &mut input);
         let window = spec.window_of(self.index);
         let rope = spec.has_rope(self.index).then_some(if window.is_some() { pass.window_rope } else { pass.rope });
-        let finish = |heads: &mut [f32], norm: &Option<Vec<f32>>, width: usize| {
+        let finish = |heads: &mut [f32], norm: &Option<Vec<f32>>, width: usize, cached: bool| {
             heads.par_chunks_mut(width).enumerate().for_each_init(Vec::new, |normed: &mut Vec<f32>, (t, row)| {
                 if let Some(w) = norm {
                     // per head (Qwen 3), or over all heads (OLMo 2)
@@ -211,13 +211,13 @@ impl Layer {
                 if let Some(rope) = rope {
                     rope.apply(row, spec.head_dim, t % pass.length);
                 }
-                if pass.activations == Activations::Ggml {
+                if cached && pass.activations == Activations::Ggml {
                     to_f16(row);
                 }
             });
         };
-        finish(&mut s.q, &self.q_norm, self.q.outputs());
-        finish(&mut s.k, &self.k_norm, self.k.outputs());
+        finish(&mut s.q, &self.q_norm, self.q.outputs(), false);
+        finish(&mut s.k, &self.k_norm, self.k.outputs(), true);
         if pass.activations == Activations::Ggml {
             s.v.par_chunks_mut(self.v.outputs()).for_each(to_f16);
         }

@@ -15,7 +15,7 @@ pub enum Activations {
     #[default]
     F32,
     /// Rounded as llama.cpp's CPU kernels round: 8 bits for quantized weights, the weight's own type for 16-bit ones, and f16
-    /// for keys, values and queries.
+    /// for keys and values (the cache; `ggml_compute_forward_flash_attn_ext_tiled` keeps queries in f32).
     Ggml,
 }
 
