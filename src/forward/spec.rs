@@ -1,6 +1,6 @@
 //! What the forward pass must know of a model, from the GGUF keys (a checkpoint has them too: the plan makes them).
 //!
-//! One row of [`TRAITS`] per architecture says what the keys leave unsaid; everything else is read off keys and the
+//! One row of `TRAITS` per architecture says what the keys leave unsaid; everything else is read off keys and the
 //! tensors that are there. Source: `load_arch_hparams` and the graphs in `src/models/*.cpp` of llama.cpp b11434.
 
 use super::ForwardError;

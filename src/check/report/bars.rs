@@ -59,13 +59,16 @@ pub(super) fn render(report: &Report, i: usize) -> String {
         );
     }
     let (top, bottom) = (30.0, frame.corner().1);
-    for (name, value) in [("median", m.summary.kld_percentiles.median), ("99 %", m.summary.kld_percentiles.p99)] {
+    // on either side of their lines, which may be close together
+    let percentiles = &m.summary.kld_percentiles;
+    for (name, value, anchor) in [("median ", percentiles.median, "end"), (" 99 %", percentiles.p99, "start")] {
         if value > 0.0 {
             let (x, _) = frame.place(value, 0.0);
             let _ = write!(
                 body,
-                "<line class=\"rule\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"><title>{name}: {}</title></line>\
-                 <text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{name}</text>",
+                "<line class=\"rule\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"><title>{}: {}</title></line>\
+                 <text class=\"tick\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">{name}</text>",
+                name.trim(),
                 significant(value, 3),
                 top - 3.0
             );
