@@ -176,6 +176,12 @@ impl From<ConvertError> for Failure {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    if let Some(name) = args.next().and_then(|first| misspelt(first.to_str()?)) {
+        let first = std::env::args().nth(1).unwrap_or_default();
+        print::stderr(&format!("error: `{first}` is neither a file nor a subcommand; did you mean `{name}`?"));
+        return ExitCode::from(USAGE);
+    }
     let result = std::panic::catch_unwind(|| run(Cli::parse()));
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -190,6 +196,32 @@ pub fn main() -> ExitCode {
             ExitCode::from(DEFECT)
         }
     }
+}
+
+/// The subcommand that a first argument which names nothing is close to.
+fn misspelt(first: &str) -> Option<String> {
+    let command = Cli::command();
+    let mut names = command.get_subcommands().map(|c| c.get_name().to_string());
+    if first.starts_with('-') || first.len() < 3 || std::path::Path::new(first).exists() {
+        return None;
+    }
+    let close = |name: &String| (1..=2).contains(&distance(first, name)) && first.len().abs_diff(name.len()) <= 2;
+    if command.find_subcommand(first).is_some() { None } else { names.find(close) }
+}
+
+/// Letters to change, add or drop to make `b` of `a` (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let best = (diagonal + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], best);
+        }
+    }
+    row[b.len()]
 }
 
 fn run(cli: Cli) -> Result<(), Failure> {
@@ -226,6 +258,16 @@ fn run(cli: Cli) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_misspelt_subcommand_is_seen() {
+        assert_eq!(misspelt("chekc").as_deref(), Some("check"));
+        assert_eq!(misspelt("calibrat").as_deref(), Some("calibrate"));
+        for fine in ["check", "imatrix", "--help", "models/llama", "in", "Cargo.toml"] {
+            assert_eq!(misspelt(fine), None, "{fine}");
+        }
+        assert_eq!((distance("kitten", "sitting"), distance("", "ab"), distance("a", "a")), (3, 2, 0));
+    }
 
     #[test]
     fn the_command_line_is_consistent() {
