@@ -6,6 +6,7 @@
 //! (or sub-block) per lane.
 
 pub mod float;
+pub mod grid;
 pub mod iq;
 pub mod iq4;
 pub mod kquant;

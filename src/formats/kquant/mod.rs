@@ -89,7 +89,7 @@ impl Rounding for OneByOne {
 
 /// Two bits of each of 256 levels, in the order of Q2_K and Q3_K: byte `32·h + l` holds the levels `128·h + l + 32·k`.
 #[inline(always)]
-fn pack_pairs_of_bits(levels: &[u8; QK_K], qs: &mut [u8]) {
+pub(super) fn pack_pairs_of_bits(levels: &[u8; QK_K], qs: &mut [u8]) {
     for (q, l) in qs.chunks_exact_mut(32).zip(levels.chunks_exact(128)) {
         for i in 0..32 {
             q[i] = l[i] | (l[i + 32] << 2) | (l[i + 64] << 4) | (l[i + 96] << 6);

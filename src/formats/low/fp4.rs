@@ -18,7 +18,7 @@ fn decode_nibbles(qs: &[u8], d: f32, y: &mut [f32]) {
 }
 
 /// Half of 2^(e−127) (`ggml_e8m0_to_fp32_half`); e = 255 is not special.
-fn e8m0_half(e: u8) -> f32 {
+pub(in crate::formats) fn e8m0_half(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { u32::from(e - 1) << 23 })
 }
 

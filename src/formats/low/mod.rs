@@ -7,6 +7,9 @@ mod binary;
 mod fp4;
 mod ternary;
 
+pub(super) use fp4::e8m0_half;
+pub(super) use ternary::pack_trits;
+
 pub use binary::{Q1_0, Q2_0};
 pub use fp4::{Mxfp4, Nvfp4};
 pub use ternary::{Tq1_0, Tq2_0};

@@ -30,6 +30,36 @@ fn scales(x: &[f32]) -> (f32, f32) {
 /// `m` is element `first + n·bytes + m`.
 const TQ1_RUNS: [(usize, usize, usize, usize); 3] = [(0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4)];
 
+/// The block of 256 values.
+fn encode_block(ty: GgmlType, x: &[f32], b: &mut [u8]) {
+    let (d, id) = scales(x);
+    let mut trits = [1u8; 256];
+    trits.iter_mut().zip(x).for_each(|(t, x)| *t = trit(x * id));
+    pack_trits(ty, &trits, f16_bytes(d), b);
+}
+
+/// Writes a block of either type from trits and the bytes of its scale.
+pub(in crate::formats) fn pack_trits(ty: GgmlType, trits: &[u8], d: [u8; 2], b: &mut [u8]) {
+    let end = b.len() - 2;
+    b[end..].copy_from_slice(&d);
+    if ty == GgmlType::TQ2_0 {
+        for (x, qs) in trits.chunks_exact(128).zip(b.chunks_exact_mut(32)) {
+            for (m, q) in qs.iter_mut().enumerate() {
+                *q = (0..4).fold(0, |q, n| q | x[32 * n + m] << (2 * n));
+            }
+        }
+    } else {
+        for (at, first, bytes, per_byte) in TQ1_RUNS {
+            for m in 0..bytes {
+                let digits = (0..per_byte).map(|n| trits[first + n * bytes + m]);
+                // A byte of four trits has 0 for its last digit.
+                let q = digits.chain(std::iter::repeat_n(0, 5 - per_byte)).fold(0u16, |q, t| q * 3 + u16::from(t));
+                b[at + m] = (q * 256).div_ceil(243) as u8;
+            }
+        }
+    }
+}
+
 /// TQ1_0: 48 bytes of five trits, 4 bytes of four, f16 d.
 #[allow(non_camel_case_types)]
 pub struct Tq1_0;
@@ -62,16 +92,7 @@ impl BlockFormat for Tq1_0 {
     fn encode(&self, rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
         check_encode(GgmlType::TQ1_0, rows, n, w, out);
         for (x, b) in rows.chunks_exact(256).zip(out.chunks_exact_mut(54)) {
-            let (d, id) = scales(x);
-            for (at, first, bytes, trits) in TQ1_RUNS {
-                for m in 0..bytes {
-                    let digits = (0..trits).map(|n| trit(x[first + n * bytes + m] * id));
-                    // A byte of four trits has 0 for its last digit.
-                    let q = digits.chain(std::iter::repeat_n(0, 5 - trits)).fold(0u16, |q, t| q * 3 + u16::from(t));
-                    b[at + m] = (q * 256).div_ceil(243) as u8;
-                }
-            }
-            b[52..].copy_from_slice(&f16_bytes(d));
+            encode_block(GgmlType::TQ1_0, x, b);
         }
         Ok(())
     }
@@ -109,13 +130,7 @@ impl BlockFormat for Tq2_0 {
     fn encode(&self, rows: &[f32], n: usize, w: Option<&[f32]>, out: &mut [u8]) -> Result<(), FormatError> {
         check_encode(GgmlType::TQ2_0, rows, n, w, out);
         for (x, b) in rows.chunks_exact(256).zip(out.chunks_exact_mut(66)) {
-            let (d, id) = scales(x);
-            for (x, qs) in x.chunks_exact(128).zip(b.chunks_exact_mut(32)) {
-                for (m, q) in qs.iter_mut().enumerate() {
-                    *q = (0..4).fold(0, |q, n| q | trit(x[32 * n + m] * id) << (2 * n));
-                }
-            }
-            b[64..].copy_from_slice(&f16_bytes(d));
+            encode_block(GgmlType::TQ2_0, x, b);
         }
         Ok(())
     }
