@@ -38,6 +38,7 @@ pub mod gguf;
 pub mod linalg;
 pub mod mapped;
 pub mod plan;
+pub mod rounding;
 pub mod source;
 pub mod tokenizer;
 pub mod transform;

@@ -2,7 +2,6 @@
 //!
 //! No fused multiply-add and a fixed shape of every sum, so that all instruction sets give the same bits.
 
-use crate::formats::simd::{Isa, isa};
 
 /// Defines a function whose body is compiled once per instruction set and chosen at run time.
 macro_rules! vectorized {
@@ -21,11 +20,11 @@ macro_rules! vectorized {
                 fn avx512($($arg: $ty),*) $(-> $ret)? {
                     body($($arg),*)
                 }
-                match isa() {
+                match $crate::formats::simd::isa() {
                     // SAFETY: `isa` gives only what the processor has.
-                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::formats::simd::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
-                    Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::formats::simd::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}
                 }
             }
@@ -33,6 +32,8 @@ macro_rules! vectorized {
         }
     };
 }
+
+pub(crate) use vectorized;
 
 /// Lanes of a sum: one AVX-512 register or two of AVX2.
 const LANES: usize = 16;
@@ -278,7 +279,7 @@ vectorized! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::simd::with_isa;
+    use crate::formats::simd::{Isa, with_isa};
 
     fn wave(n: usize, scale: f32) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 % 1013) as f32 / 506.5 - 1.0) * scale).collect()

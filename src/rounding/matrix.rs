@@ -1,0 +1,184 @@
+//! A weight matrix, rounded: tiles of rows side by side.
+
+use rayon::prelude::*;
+
+use super::factor::Factor;
+use super::gptq::{PANEL, Tile, gptq};
+use super::levels::AnyLevels;
+use super::refine::{errors, refine};
+use super::{RoundingError, dense};
+use crate::formats::grid::{self, Grid, Parts};
+use crate::forward::kernels::vectorized;
+use crate::gguf::GgmlType;
+
+/// Rows of a tile. It decides how products are cut, so bytes depend on it; threads do not.
+const ROWS: usize = 64;
+
+/// A rounded matrix.
+#[derive(Clone, Debug)]
+pub struct Rounded {
+    pub bytes: Vec<u8>,
+    /// What they decode to, `[rows, n]`.
+    pub values: Vec<f32>,
+    /// `Σ (v − t)ᵀ H (v − t)` over rows, of the result.
+    pub error: f64,
+    /// Of nearest rounding with the same importance.
+    pub nearest: f64,
+    /// Rows that nearest rounding had better.
+    pub rows_nearest: usize,
+}
+
+vectorized! {
+    /// GPTQ and descent on a tile of a type with a grid. Returns the errors by row.
+    pub fn round_tile(g: &Grid, levels: &AnyLevels, f: &Factor, t: &mut Tile, target: &[f32]) -> Vec<f64> {
+        match *levels {
+            AnyLevels::Range(l) => {
+                gptq(g, l, f, t, true);
+                refine(g, l, f, t, target)
+            }
+            AnyLevels::Table(l) => {
+                gptq(g, l, f, t, true);
+                refine(g, l, f, t, target)
+            }
+        }
+    }
+}
+
+/// The columns with the scales that the tile has.
+#[cfg(test)]
+pub fn codes_only(g: &Grid, f: &Factor, t: &mut Tile) {
+    match AnyLevels::of(g.levels) {
+        AnyLevels::Range(l) => super::gptq::gptq(g, l, f, t, false),
+        AnyLevels::Table(l) => super::gptq::gptq(g, l, f, t, false),
+    }
+}
+
+/// Rounds `weight` \[rows, n\] to `ty`, near `target` in the norm of the Hessian.
+pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result<Rounded, RoundingError> {
+    let n = f.n;
+    assert!(weight.len() == target.len() && weight.len().is_multiple_of(n), "whole rows");
+    let row_bytes = n / ty.block_len() * ty.block_bytes();
+    let rows = weight.len() / n;
+    let (mut bytes, mut values) = (vec![0u8; rows * row_bytes], vec![0f32; rows * n]);
+    let tiles: Result<Vec<(f64, f64, usize)>, RoundingError> = bytes
+        .par_chunks_mut(ROWS * row_bytes)
+        .zip(values.par_chunks_mut(ROWS * n))
+        .zip(weight.par_chunks(ROWS * n).zip(target.par_chunks(ROWS * n)))
+        .with_max_len(1)
+        .map(|((bytes, values), (weight, target))| tile(ty, weight, target, f, bytes, values))
+        .collect();
+    let (mut error, mut nearest, mut rows_nearest) = (0.0, 0.0, 0);
+    for (e, n, r) in tiles? {
+        error += e;
+        nearest += n;
+        rows_nearest += r;
+    }
+    Ok(Rounded { bytes, values, error, nearest, rows_nearest })
+}
+
+/// Nearest rounding as `ggml_quantize_chunk` does it, with the mean squares of the input as its importance.
+pub fn nearest(ty: GgmlType, weight: &[f32], f: &Factor) -> Result<(Vec<u8>, Vec<f32>), RoundingError> {
+    let format = crate::formats::format(ty).expect("the plan holds only types that can be encoded");
+    let mut bytes = vec![0u8; weight.len() / ty.block_len() * ty.block_bytes()];
+    let mut values = vec![0f32; weight.len()];
+    format.encode(weight, f.n, Some(&f.importance), &mut bytes)?;
+    format.decode(&bytes, &mut values);
+    Ok((bytes, values))
+}
+
+fn tile(
+    ty: GgmlType,
+    weight: &[f32],
+    target: &[f32],
+    f: &Factor,
+    bytes: &mut [u8],
+    values: &mut [f32],
+) -> Result<(f64, f64, usize), RoundingError> {
+    let n = f.n;
+    let rows = weight.len() / n;
+    let mut gradient = Vec::new();
+    let (plain_bytes, plain) = nearest(ty, weight, f)?;
+    let plain_errors = errors(f, &plain, target, &mut gradient);
+    let own_errors = match Grid::of(ty) {
+        Some(g) => {
+            let mut t = Tile::new(&g, target, n);
+            let padded = t.w.clone();
+            let own = round_tile(&g, &AnyLevels::of(g.levels), f, &mut t, &padded);
+            let blocks = n / g.block;
+            for (i, out) in bytes.chunks_exact_mut(ty.block_bytes()).enumerate() {
+                let (r, b) = (i / blocks, i % blocks);
+                let head = &t.heads[i];
+                let codes = &t.codes[r * n + b * g.block..][..g.block];
+                let (scales, offsets) = (&head.scales[..g.subs()], &head.offsets[..g.subs()]);
+                grid::pack(ty, &Parts { d: head.d, m: head.m, scales, offsets, codes }, out);
+            }
+            let format = crate::formats::format(ty).expect("it has a grid");
+            format.validate(bytes)?;
+            format.decode(bytes, values);
+            own
+        }
+        None => {
+            panels(ty, target, f, bytes, values)?;
+            errors(f, values, target, &mut gradient)
+        }
+    };
+    let row_bytes = bytes.len() / rows;
+    let (mut error, mut worse) = (0.0, 0);
+    for r in 0..rows {
+        if plain_errors[r] < own_errors[r] {
+            worse += 1;
+            bytes[r * row_bytes..][..row_bytes].copy_from_slice(&plain_bytes[r * row_bytes..][..row_bytes]);
+            values[r * n..][..n].copy_from_slice(&plain[r * n..][..n]);
+        }
+        error += own_errors[r].min(plain_errors[r]);
+    }
+    Ok((error, plain_errors.iter().sum(), worse))
+}
+
+/// Types with a vector codebook: ggml's search on a super-block at a time, errors carried to the later ones.
+fn panels(
+    ty: GgmlType,
+    target: &[f32],
+    f: &Factor,
+    bytes: &mut [u8],
+    values: &mut [f32],
+) -> Result<(), RoundingError> {
+    let n = f.n;
+    let rows = target.len() / n;
+    let format = crate::formats::format(ty).expect("the plan holds only types that can be encoded");
+    let row_bytes = bytes.len() / rows;
+    let width = ty.block_len().max(PANEL).min(n);
+    let mut w = target.to_vec();
+    let block_bytes = width / ty.block_len() * ty.block_bytes();
+    let (mut part, mut coded, mut decoded) =
+        (vec![0f32; rows * width], vec![0u8; rows * block_bytes], vec![0f32; rows * width]);
+    for p0 in (0..n).step_by(width) {
+        for r in 0..rows {
+            part[r * width..][..width].copy_from_slice(&w[r * n + p0..][..width]);
+        }
+        format.encode(&part, width, Some(&f.importance[p0..p0 + width]), &mut coded)?;
+        format.decode(&coded, &mut decoded);
+        let at = p0 / width * block_bytes;
+        for r in 0..rows {
+            bytes[r * row_bytes + at..][..block_bytes].copy_from_slice(&coded[r * block_bytes..][..block_bytes]);
+            values[r * n + p0..][..width].copy_from_slice(&decoded[r * width..][..width]);
+            // E U = W − V, column by column
+            let e = &mut part[r * width..][..width];
+            e.iter_mut().zip(&decoded[r * width..]).for_each(|(e, v)| *e -= v);
+            for j in 0..width {
+                let u = &f.u[(p0 + j) * n + p0 + j..][..width - j];
+                let (own, rest) = e[j..].split_first_mut().expect("not empty");
+                *own /= u[0];
+                rest.iter_mut().zip(&u[1..]).for_each(|(e, u)| *e -= *own * u);
+            }
+        }
+        let p1 = p0 + width;
+        if p1 < n {
+            let rest = dense::View { at: p1, rows, columns: n - p1, stride: n };
+            let own = dense::View { at: 0, rows, columns: width, stride: width };
+            let u = dense::View { at: p0 * n + p1, rows: width, columns: n - p1, stride: n };
+            dense::add_product((&mut w, rest), (&part, own), (&f.u, u), -1.0);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,32 @@
+//! Rounding: the numbers that a block format can hold, chosen for what they do to the output of a layer.
+//!
+//! The formats stay as llama.cpp reads them. [`matrix::round`] takes a weight, its target and the factored Hessian of its
+//! input and gives blocks: GPTQ ([`gptq`], Frantar et al. 2023) with the format's own grid ([`levels`], [`search`]), then
+//! coordinate descent in the Hessian norm on all that is stored ([`refine`]), and row by row the nearest rounding of ggml
+//! where that is better. [`run`] takes a model through it layer by layer: the float model and the rounded one side by side,
+//! each layer fitted to the float model's output from the inputs that the rounded one gives it ([`target`]).
+
+pub mod dense;
+pub mod factor;
+pub mod gptq;
+pub mod levels;
+pub mod matrix;
+pub mod refine;
+pub mod search;
+pub mod target;
+
+pub use factor::Factor;
+
+use crate::formats::FormatError;
+
+/// Why a weight cannot be rounded this way.
+#[derive(Debug, thiserror::Error)]
+pub enum RoundingError {
+    #[error("the Hessian cannot be used: {0}")]
+    Hessian(String),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+#[cfg(test)]
+mod tests;
