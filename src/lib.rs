@@ -18,7 +18,7 @@
 //!
 //! [`convert`] carries it out: runs of rows, in the order in which they stand in the input, are read, rounded, encoded by
 //! [`formats`] and written at their planned places by as many threads as there are. The output has another name until it is
-//! complete, synced and read back.
+//! complete, synced and read back ([`output`]).
 //!
 //! In [`formats`] each block format has a scalar definition that does what ggml's reference does, operation by
 //! operation. Its folder `simd` holds the same arithmetic for several blocks at once; it may be faster, never different.
@@ -37,8 +37,10 @@ pub mod forward;
 pub mod gguf;
 pub mod linalg;
 pub mod mapped;
+pub mod output;
 pub mod plan;
 pub mod rounding;
 pub mod source;
+pub mod table;
 pub mod tokenizer;
 pub mod transform;

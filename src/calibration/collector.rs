@@ -149,6 +149,11 @@ impl Collector {
         self.weights.iter().map(|w| &w.spec)
     }
 
+    /// Input features of `weight`.
+    pub fn columns(&self, weight: &str) -> Option<usize> {
+        self.index.get(weight).map(|&at| self.weights[at].spec.columns)
+    }
+
     /// The moments of `weight`: one for a dense weight, one per expert for a stacked one.
     pub fn moments(&self, weight: &str) -> Option<&[Moments]> {
         self.index.get(weight).map(|&at| &self.weights[self.weights[at].owner].moments[..])

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use super::CalibrationError;
 use super::hessian_file::{HessianFile, Origin, TYPE, VERSION};
 use super::moments::Moments;
-use crate::convert::output::{self, PartFile};
 use crate::gguf::{self, GgmlType, Layout, Metadata, TensorSpec, Value};
 use crate::linalg::packed_len;
+use crate::output::{self, PartFile};
 
 /// Values that are converted at a time.
 const PIECE: usize = 1 << 16;

@@ -12,8 +12,8 @@ use std::path::Path;
 use super::CalibrationError;
 use super::imatrix_stats::{self, SCHEMA};
 use super::imatrix_sums::{CHUNK_COUNT, CHUNK_SIZE, DATASETS, ImatrixSums, NEXTN_LAYERS};
-use crate::convert::output::{self, PartFile};
 use crate::gguf::{self, GgmlType, Metadata, TensorSpec, Value};
+use crate::output::{self, PartFile};
 
 /// The kind of file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ pub mod windows;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::CheckpointError;
-use crate::convert::output::OutputError;
+use crate::output::OutputError;
 
 /// What can go wrong between a forward pass and its files.
 #[derive(Debug, thiserror::Error)]

@@ -234,17 +234,7 @@ pub fn with_prior(experts: &[Moments], tokens: u64) -> Result<Vec<Moments>, Mome
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut next = || {
-            s ^= s << 13;
-            s ^= s >> 7;
-            s ^= s << 17;
-            (s >> 40) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
+    use crate::linalg::tests::values;
 
     fn of(x: &[f32], columns: usize, second: bool) -> Moments {
         let mut m = Moments::new(columns, second).unwrap();

@@ -146,7 +146,7 @@ impl Observer for Collect {
                 continue;
             }
             seen.push(name);
-            let columns = self.0.weights().find(|w| w.name == **name).map_or(1, |w| w.columns);
+            let columns = self.0.columns(name).unwrap_or(1);
             self.0
                 .add(name, expert.map(|(e, _)| e), x, x.len() / columns)
                 .map_err(|e| ForwardError::Observer(e.to_string()))?;
@@ -298,17 +298,17 @@ fn write_part(job: &Job<'_>, layer: usize, collector: &Collector) -> Result<(), 
     Ok(())
 }
 
-/// One file of all layers' second moments; each layer's own is removed behind it.
+/// One file of all layers' second moments. Each layer's own stays in the state folder until [`forget`].
 fn gather_hessians(job: &Job<'_>, parts: usize, path: &Path, force: bool) -> Result<(), CalibrationError> {
-    let mut specs = Vec::new();
+    let mut all = Vec::new();
     for l in 0..job.model.spec.layers {
-        specs.extend(super::run::specs(job.model, l, true).iter().map(HessianSpec::from));
+        all.extend(specs(job.model, l, true).iter().map(HessianSpec::from));
     }
     if job.output {
         let name = job.model.head_name().to_string();
-        specs.push(HessianSpec { name, columns: job.model.spec.embed, experts: None, same_as: None });
+        all.push(HessianSpec { name, columns: job.model.spec.embed, experts: None, same_as: None });
     }
-    let mut out = HessianWriter::create(path, specs, &origin(job), force)?;
+    let mut out = HessianWriter::create(path, all, &origin(job), force)?;
     for l in 0..parts {
         let file = HessianFile::open(&part(job.state, l, "hessian"))?;
         for name in file.names().to_vec() {

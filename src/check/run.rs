@@ -139,12 +139,9 @@ pub fn run(
     watch: &mut dyn FnMut(usize),
 ) -> Result<Outcomes, RunError> {
     let w = settings.windows;
-    let tokens: Vec<u32> = settings
-        .tokens
-        .iter()
-        .enumerate()
-        .map(|(i, &t)| settings.bos.filter(|_| i % w.n_ctx() == 0).unwrap_or(t as u32))
-        .collect();
+    let bos = settings.bos.map(|t| t as i32);
+    let inputs = (0..w.n_chunks()).flat_map(|c| w.input(settings.tokens, c, bos).unwrap_or_default());
+    let tokens: Vec<u32> = inputs.map(|t| t as u32).collect();
     let mut all: Vec<&Model<'_>> = Vec::new();
     let has_reference = if let Reference::Model(m) = &reference {
         all.push(m);

@@ -148,7 +148,7 @@ fn by_hessian(
             model.read_rows(index, rows, &mut q);
             q.iter_mut().zip(&w).for_each(|(q, w)| *q = w - *q);
             for (x, sum) in [(&q, &mut error), (&w, &mut size)] {
-                linalg::gemm(&mut product, x, &h, (m, n, n), linalg::all_threads());
+                linalg::product(x, &h, n, &mut product);
                 *sum += x.iter().zip(&product).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
             }
         }

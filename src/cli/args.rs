@@ -156,6 +156,17 @@ pub struct ConvertArgs {
     pub quiet: bool,
 }
 
+/// What a run of a model may take.
+#[derive(Args, Clone, Debug)]
+pub struct ResourceArgs {
+    /// Worker threads [default: all processors].
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Ceiling of resident memory: kept, or refused before work starts.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+}
+
 impl ConvertArgs {
     /// The file to write, however it was given.
     pub fn out(&self) -> Option<&PathBuf> {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
-use super::args::ConvertArgs;
+use super::args::{ConvertArgs, ResourceArgs};
 use super::steps::Steps;
 use super::{Failure, REFUSED, RESOURCE, USAGE, print};
 use crate::calibration::imatrix::Imatrix;
@@ -13,9 +13,9 @@ use crate::calibration::imatrix_sums::ImatrixSums;
 use crate::calibration::imatrix_write::{self, Format};
 use crate::calibration::run::{self, Job};
 use crate::calibration::{fingerprint, windows as text};
-use crate::convert::output;
 use crate::forward::Model;
-use crate::plan::memory::{human, parse_size};
+use crate::output;
+use crate::plan::memory::human;
 use crate::plan::{BUILT_IN, Input, Options, Recipe};
 use crate::tokenizer::encode::TextEncoder;
 
@@ -62,12 +62,8 @@ pub struct CalibrateArgs {
     /// Also write the second moments of every input (GPTQ and its relatives need them).
     #[arg(long, value_name = "FILE")]
     hessian: Option<PathBuf>,
-    /// Worker threads [default: all processors].
-    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// Ceiling of resident memory: kept, or refused before work starts.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    max_memory: Option<u64>,
+    #[command(flatten)]
+    resources: ResourceArgs,
     /// Folder of what is not done yet; a killed run goes on from there [default: OUTPUT.ostq-state].
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
@@ -195,12 +191,17 @@ fn state_of(out: &Path) -> PathBuf {
     name.into()
 }
 
+/// The files among what `--calibrate` names; the built-in text is none.
+pub fn files(given: &[PathBuf]) -> Vec<PathBuf> {
+    given.iter().filter(|p| p.as_os_str() != BUILT_IN).cloned().collect()
+}
+
 /// The calibration on the way to a conversion: its importance matrix, which stays in the state folder until the conversion
 /// is done, so that a killed one goes on there.
 pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Path) -> Result<Imatrix, Failure> {
     let out = args.out().expect("a conversion has an output");
     let state = state_of(out);
-    let texts: Vec<PathBuf> = recipe.calibrate.iter().filter(|p| p.as_os_str() != BUILT_IN).cloned().collect();
+    let texts = files(&recipe.calibrate);
     if texts.len() < recipe.calibrate.len() && !texts.is_empty() {
         return Err(Failure::new(USAGE, format!("--calibrate {BUILT_IN} stands alone")));
     }
@@ -251,8 +252,8 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
             second: args.hessian.as_deref().map(|p| (p, args.force)),
             output: args.process_output,
             prior: args.expert_prior,
-            threads: args.threads,
-            max_memory: args.max_memory,
+            threads: args.resources.threads,
+            max_memory: args.resources.max_memory,
             state: &state,
             quiet: args.quiet,
         },

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
 
-use super::args::ConvertArgs;
+use super::args::{ConvertArgs, ResourceArgs};
 use super::calibrate::{Opened, TextArgs, pool};
 use super::steps::Steps;
 use super::{Failure, REFUSED, RESOURCE, USAGE, print};
@@ -20,11 +20,11 @@ use crate::check::run::{self, Reference, Settings};
 use crate::check::summary::{Perplexity, Rules};
 use crate::check::tensors::{self, Weighting};
 use crate::check::windows::Windows;
-use crate::convert::output;
 use crate::forward::{Activations, Model};
 use crate::gguf;
+use crate::output;
 use crate::plan::FileType;
-use crate::plan::memory::{human, parse_size};
+use crate::plan::memory::human;
 
 /// What to compare, on what.
 #[derive(Args, Clone, Debug)]
@@ -65,12 +65,8 @@ pub struct CheckArgs {
     /// Also write the report as one HTML page.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Worker threads [default: all processors].
-    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// Ceiling of resident memory: kept, or refused before work starts.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    max_memory: Option<u64>,
+    #[command(flatten)]
+    resources: ResourceArgs,
     /// Replace files that are there.
     #[arg(long)]
     force: bool,
@@ -128,7 +124,6 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         ));
     }
     let text = Evaluation::new(&args, &opened, base.as_ref())?;
-    let models: Vec<&Model<'_>> = all[first..].iter().collect();
     let vocab = all[0].vocab;
     for (m, o) in all.iter().zip(&opened).skip(1) {
         if m.vocab != vocab {
@@ -139,7 +134,6 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
             ));
         }
     }
-    let mut report = compare(&args, &all, first, base, &text, vocab, &opened)?;
     let imatrix = args.imatrix.as_deref().map(Imatrix::load).transpose()?;
     let hessian = args.hessian.as_deref().map(HessianFile::open).transpose()?;
     let weighting = match (&imatrix, &hessian) {
@@ -150,12 +144,12 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         }
         (None, None) => Weighting::None,
     };
+    let mut report = compare(&args, &all, base, &text, &opened)?;
     for (o, row) in opened[first..].iter().zip(&mut report.models) {
         if args.per_tensor && first == 1 {
             row.tensors = tensor_rows(&opened[0], o, weighting)?;
         }
     }
-    debug_assert_eq!(models.len(), report.models.len());
     let problems = report.problems();
     if !problems.is_empty() {
         return Err(Failure::new(REFUSED, problems.join("\n")));
@@ -183,8 +177,7 @@ pub fn after(args: &ConvertArgs, out: &Path) -> Result<(), Failure> {
             save_all_logits: None,
             json: args.json,
             html: args.html.clone(),
-            threads: args.threads(),
-            max_memory: args.max_memory,
+            resources: ResourceArgs { threads: args.threads(), max_memory: args.max_memory },
             force: args.force,
             quiet: args.quiet,
         });
@@ -211,10 +204,12 @@ struct Evaluation {
 
 impl Evaluation {
     fn new(args: &CheckArgs, opened: &[Opened], base: Option<&BaseFile>) -> Result<Evaluation, Failure> {
-        let encoders = opened.iter().map(Opened::encoder).collect::<Result<Vec<_>, _>>()?;
-        let bos = encoders[0].bos().filter(|_| encoders[0].add_bos());
+        let encoder = opened[0].encoder()?;
+        let differing = opened[1..].iter().filter(|o| !same_tokenizer(&opened[0], o));
+        let others = differing.map(|o| Ok((o, o.encoder()?))).collect::<Result<Vec<_>, Failure>>()?;
+        let bos = encoder.bos().filter(|_| encoder.add_bos());
         if let Some(base) = base {
-            base.expect(encoders[0].len(), None)?;
+            base.expect(encoder.len(), None)?;
             let facts = TextFacts { name: "tokens of the base file".into(), size: 0, sha256: String::new() };
             let windows = base.windows();
             return Ok(Evaluation { facts, windows, tokens: base.tokens().to_vec(), bos });
@@ -223,10 +218,10 @@ impl Evaluation {
             return Err(Failure::new(USAGE, "--text FILE: which text? One that nothing was calibrated on"));
         };
         let text = text::read(path)?;
-        let ids = encoders[0].encode(&text.content, true, false);
-        let print = encoders[0].fingerprint();
-        for (e, o) in encoders.iter().zip(opened).skip(1) {
-            if e.fingerprint() == print && (e.add_bos(), e.bos()) == (encoders[0].add_bos(), encoders[0].bos()) {
+        let ids = encoder.encode(&text.content, true, false);
+        let print = encoder.fingerprint();
+        for (o, e) in &others {
+            if e.fingerprint() == print && (e.add_bos(), e.bos()) == (encoder.add_bos(), encoder.bos()) {
                 continue;
             }
             let other = e.encode(&text.content, true, false);
@@ -253,19 +248,24 @@ impl Evaluation {
     }
 }
 
+/// Whether the `tokenizer.*` keys of two models are the same.
+fn same_tokenizer(a: &Opened, b: &Opened) -> bool {
+    let of_tokenizer = |(key, _): &&(String, gguf::Value)| key.starts_with("tokenizer.");
+    a.input.metadata.iter().filter(of_tokenizer).eq(b.input.metadata.iter().filter(of_tokenizer))
+}
+
 fn compare(
     args: &CheckArgs,
     all: &[Model<'_>],
-    first: usize,
     mut base: Option<BaseFile>,
     text: &Evaluation,
-    vocab: usize,
     opened: &[Opened],
 ) -> Result<Report, Failure> {
+    let first = usize::from(base.is_none());
     let everything: Vec<&Model<'_>> = all.iter().collect();
     let models = &everything[first..];
-    let pool = pool(args.threads)?;
-    let memory = run::memory(&everything, &text.windows, pool.current_num_threads(), args.max_memory)
+    let pool = pool(args.resources.threads)?;
+    let memory = run::memory(&everything, &text.windows, pool.current_num_threads(), args.resources.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     if !args.quiet {
         print::stderr(&format!(
@@ -332,7 +332,7 @@ fn compare(
             n_ctx: text.windows.n_ctx(),
             n_chunks: text.windows.n_chunks(),
             positions: text.windows.positions(),
-            n_vocab: vocab,
+            n_vocab: all[0].vocab,
             activations: if args.activations == ActivationsArg::F32 { "f32" } else { "ggml" }.into(),
             notes: Vec::new(),
         },

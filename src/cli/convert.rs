@@ -10,8 +10,9 @@ use super::bar::Bar;
 use super::plan::{Prepared, prepare, threads};
 use super::{Failure, INTERRUPTED, RESOURCE, USAGE, inspect, print};
 use crate::convert::progress::Silent;
-use crate::convert::{self, OutputError, Progress, Run, output};
+use crate::convert::{self, OutputError, Progress, Run};
 use crate::mapped::identity;
+use crate::output;
 use crate::plan::memory::human;
 
 /// Converts.

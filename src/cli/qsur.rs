@@ -4,14 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use super::calibrate::{Opened, Request, TextArgs, collect, pool};
+use super::calibrate::{Opened, Request, TextArgs, collect, files, pool};
 use super::{Failure, REFUSED, USAGE, print};
 use crate::calibration::hessian_file::HessianFile;
 use crate::calibration::moments::Moments;
 use crate::calibration::run::forget;
-use crate::convert::output;
 use crate::linalg;
-use crate::plan::BUILT_IN;
+use crate::output;
 use crate::plan::memory::parse_size;
 use crate::source::TensorSource;
 use crate::transform::qsur::{Options, QsurError};
@@ -187,7 +186,7 @@ fn calibrated(
     report: &mut Report,
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<(), Failure> {
-    let texts: Vec<PathBuf> = args.calibrate.iter().filter(|p| p.as_os_str() != BUILT_IN).cloned().collect();
+    let texts = files(&args.calibrate);
     std::fs::create_dir_all(state).map_err(|e| crate::checkpoint::CheckpointError::io(state, e))?;
     let path = state.join(HESSIAN);
     collect(

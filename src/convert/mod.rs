@@ -6,7 +6,6 @@
 //! so the order of completion does not matter, and neither do the number of threads or the instruction set.
 
 mod hash;
-pub mod output;
 pub mod progress;
 pub mod provenance;
 mod verify;
@@ -17,12 +16,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-pub use output::OutputError;
 pub use progress::Progress;
 pub use verify::VerifyError;
 pub use work::WorkError;
 
+pub use crate::output::OutputError;
+
 use crate::calibration::imatrix::Imatrix;
+use crate::output;
 use crate::plan::memory::Memory;
 use crate::plan::{Input, Plan};
 

@@ -2,12 +2,11 @@
 //!
 //! One task is a block of queries of the heads that share a key; it looks at the keys up to its last query only.
 
-use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
-use super::gemm::times;
 use super::kernels;
 use super::spec::Spec;
+use crate::linalg::{View, ViewMut, times};
 
 /// Queries of a task, of each head: a multiple of the microkernels' heights.
 const BLOCK: usize = 96;
@@ -19,24 +18,24 @@ const BLOCK: usize = 96;
 pub fn attend(spec: &Spec, q: &[f32], k: &[f32], v: &[f32], length: usize, window: Option<usize>, out: &mut [f32]) {
     let (hd, heads, kv_heads) = (spec.head_dim, spec.heads, spec.kv_heads);
     let (tokens, group) = (q.len() / (heads * hd), heads / kv_heads);
-    let k = MatRef::from_row_major_slice(k, tokens, kv_heads * hd);
-    let v = MatRef::from_row_major_slice(v, tokens, kv_heads * hd);
+    let k = View::new(k, tokens, kv_heads * hd);
+    let v = View::new(v, tokens, kv_heads * hd);
     let mut tasks = Vec::new();
-    let mut rest = MatMut::from_row_major_slice_mut(out, tokens, heads * hd);
+    let mut rest = ViewMut::new(out, tokens, heads * hd);
     for start in (0..tokens).step_by(length) {
         for first in (0..length).step_by(BLOCK) {
             let rows = BLOCK.min(length - first);
-            let (mut band, below) = rest.split_at_row_mut(rows);
+            let (mut band, below) = rest.split_rows(rows);
             rest = below;
             for kv in 0..kv_heads {
-                let (block, right) = band.split_at_col_mut(group * hd);
+                let (block, right) = band.split_columns(group * hd);
                 band = right;
                 tasks.push((start, first, kv, block));
             }
         }
     }
     tasks.into_par_iter().for_each_init(Scratch::default, |s, (start, first, kv, mut block)| {
-        let rows = block.nrows();
+        let rows = block.rows();
         // the first key that the first query of the block sees
         let from = window.map_or(0, |w| (first + 1).saturating_sub(w));
         let keys = first + rows - from;
@@ -50,10 +49,10 @@ pub fn attend(spec: &Spec, q: &[f32], k: &[f32], v: &[f32], length: usize, windo
         }
         s.scores.resize(group * rows * keys, 0.0);
         s.mixed.resize(group * rows * hd, 0.0);
-        let k = k.submatrix(start + from, kv * hd, keys, hd);
-        let v = v.submatrix(start + from, kv * hd, keys, hd);
-        let queries = MatRef::from_row_major_slice(&s.queries, group * rows, hd);
-        let scores = MatMut::from_row_major_slice_mut(&mut s.scores, group * rows, keys);
+        let k = k.part((start + from, kv * hd), keys, hd);
+        let v = v.part((start + from, kv * hd), keys, hd);
+        let queries = View::new(&s.queries, group * rows, hd);
+        let scores = ViewMut::new(&mut s.scores, group * rows, keys);
         times(scores, queries, k.transpose(), spec.attention_scale);
         for (i, row) in s.scores.chunks_exact_mut(keys).enumerate() {
             let query = first + i % rows;
@@ -66,11 +65,11 @@ pub fn attend(spec: &Spec, q: &[f32], k: &[f32], v: &[f32], length: usize, windo
             row[..begin].fill(0.0);
             row[end..].fill(0.0);
         }
-        let scores = MatRef::from_row_major_slice(&s.scores, group * rows, keys);
-        times(MatMut::from_row_major_slice_mut(&mut s.mixed, group * rows, hd), scores, v, 1.0);
-        let mixed = MatRef::from_row_major_slice(&s.mixed, group * rows, hd);
+        let scores = View::new(&s.scores, group * rows, keys);
+        times(ViewMut::new(&mut s.mixed, group * rows, hd), scores, v, 1.0);
+        let mixed = View::new(&s.mixed, group * rows, hd);
         for head in 0..group {
-            block.as_mut().subcols_mut(head * hd, hd).copy_from(mixed.subrows(head * rows, rows));
+            block.set_columns(head * hd, mixed.part((head * rows, 0), rows, hd));
         }
     });
 }

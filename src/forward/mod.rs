@@ -5,7 +5,6 @@
 //! one. [`Activations::Ggml`] rounds activations as llama.cpp's CPU kernels do.
 
 pub mod attention;
-pub mod gemm;
 pub mod kernels;
 pub mod layer;
 pub mod model;
@@ -15,6 +14,11 @@ pub mod run;
 pub mod spec;
 
 use std::path::{Path, PathBuf};
+
+/// Products as layers take them.
+pub mod gemm {
+    pub use crate::linalg::{Product, product, products};
+}
 
 pub use model::Model;
 pub use rounding::Activations;

@@ -9,32 +9,9 @@ use super::number::{bytes, significant, with_error};
 /// Tensors that are named.
 const WORST: usize = 8;
 
-/// Rows of cells in columns; `right` columns are numbers.
+/// Rows of cells in columns; those from `first_right` on are numbers.
 fn table(rows: &[Vec<String>], first_right: usize) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |s: &str| s.chars().count();
-    let widest = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| width(s)).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(widest).collect();
-    let mut out = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (c, cell) in row.iter().enumerate() {
-            let blank = " ".repeat(widths[c] - width(cell) + if c > 0 { 2 } else { 0 });
-            if c >= first_right {
-                line += &blank;
-                line += cell;
-            } else {
-                if c > 0 {
-                    line += "  ";
-                }
-                line += cell;
-                line += &" ".repeat(widths[c] - width(cell));
-            }
-        }
-        out += line.trim_end();
-        out.push('\n');
-    }
-    out
+    crate::table::aligned(rows, usize::MAX, |c| c >= first_right)
 }
 
 /// A name of a file must not steer the terminal.

@@ -1,10 +1,12 @@
-//! Products of activations and weights, cut into tiles of a fixed size.
+//! Products in f32, of activations and weights above all, cut into tiles of a fixed size.
 //!
 //! The tiles depend on the shapes alone, never on the number of threads: every result is then the same for any number.
 
 use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{Accum, Par};
 use rayon::prelude::*;
+
+use super::{View, ViewMut};
 
 /// Rows (tokens) and columns (outputs) of a tile. The library cuts outputs into runs of 128, which are no whole number of
 /// microkernels (24 or 48 high): runs of 96 are, and take 8 % less time (`examples/bench_forward.rs`).
@@ -34,15 +36,15 @@ pub fn products<'a>(all: impl IntoIterator<Item = Product<'a>>) {
         if m == 0 || n == 0 {
             continue;
         }
-        let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, n, k));
-        let mut rest = MatMut::from_row_major_slice_mut(out, m, n);
+        let (a, b) = (View::new(a, m, k), View::new(b, n, k));
+        let mut rest = ViewMut::new(out, m, n);
         for (row, rows) in pieces(m, TILE.0) {
-            let (mut band, below) = rest.split_at_row_mut(rows);
+            let (mut band, below) = rest.split_rows(rows);
             rest = below;
             for (column, columns) in pieces(n, TILE.1) {
-                let (tile, right) = band.split_at_col_mut(columns);
+                let (tile, right) = band.split_columns(columns);
                 band = right;
-                tiles.push((a.subrows(row, rows), b.subrows(column, columns), tile));
+                tiles.push((a.part((row, 0), rows, k), b.part((column, 0), columns, k), tile));
             }
         }
     }
@@ -57,39 +59,34 @@ fn pieces(n: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
 
 /// `out = alpha · a · b` on this thread. Not generic: the library's code is compiled once.
 #[inline(never)]
-pub fn times(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, alpha: f32) {
-    matmul(out, Accum::Replace, a, b, alpha, Par::Seq);
+pub fn times(out: ViewMut<'_>, a: View<'_>, b: View<'_>, alpha: f32) {
+    matmul(out.0, Accum::Replace, a.0, b.0, alpha, Par::Seq);
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{abs, near, on_threads, textbook, values};
     use super::*;
 
     #[test]
     fn equal_to_the_textbook_at_odd_shapes() {
-        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (513, 641, 33), (0, 4, 2), (700, 1300, 5)] {
-            let a: Vec<f32> = (0..m * k).map(|i| (i % 13) as f32 - 6.0).collect();
-            let b: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32 - 5.0).collect();
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (513, 641, 33), (0, 4, 2), (4, 0, 3), (700, 1300, 5), (17, 300, 40)] {
+            let (a, b) = (values(m * k, 1), values(n * k, 2));
             let mut out = vec![f32::NAN; m * n];
             product(&a, &b, k, &mut out);
-            for i in (0..m).step_by(1 + m / 17) {
-                for j in 0..n {
-                    let want: f32 = (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum();
-                    assert_eq!(out[i * n + j], want, "{m} {n} {k} at {i} {j}");
-                }
-            }
+            let (exact, size) = (textbook(&a, &b, m, n, k), textbook(&abs(&a), &abs(&b), m, n, k));
+            let fits = out.iter().zip(&exact).zip(&size).all(|((c, e), s)| near((*c).into(), *e, *s, k));
+            assert!(fits, "{m}x{n}x{k}");
         }
     }
 
     #[test]
     fn the_number_of_threads_changes_no_bit() {
         let (m, n, k) = (1030, 700, 576);
-        let a: Vec<f32> = (0..m * k).map(|i| ((i * 7919) % 1009) as f32 / 504.0 - 1.0).collect();
-        let b: Vec<f32> = (0..n * k).map(|i| ((i * 104_729) % 997) as f32 / 498.0 - 1.0).collect();
+        let (a, b) = (values(m * k, 1), values(n * k, 2));
         let run = |threads| {
             let mut out = vec![0.0; m * n];
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| product(&a, &b, k, &mut out));
+            on_threads(threads, || product(&a, &b, k, &mut out));
             out
         };
         let one = run(1);
