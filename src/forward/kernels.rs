@@ -59,7 +59,7 @@ pub fn exp(x: f32) -> f32 {
 
 /// `tanh x`, absolute error below 3e-7.
 #[inline(always)]
-fn tanh(x: f32) -> f32 {
+pub fn tanh(x: f32) -> f32 {
     // 1 - 2 / (e^2x + 1), from the side where nothing cancels; small arguments by the series
     let a = x.abs().min(20.0);
     let e = exp(-2.0 * a);

@@ -5,6 +5,7 @@
 //! one. [`Activations::Ggml`] rounds activations as llama.cpp's CPU kernels do.
 
 pub mod attention;
+pub mod backward;
 pub mod kernels;
 pub mod layer;
 pub mod model;
@@ -40,6 +41,12 @@ pub enum ForwardError {
     Token { token: u32, vocab: usize },
     #[error("layer {layer}: the activations hold {value} at token {token}, column {column}")]
     NotFinite { layer: usize, token: usize, column: usize, value: f32 },
+    #[error("architecture `{arch}` has no backward pass yet: {why}")]
+    NoBackward { arch: String, why: String },
+    #[error("layer {layer}: the gradients hold {value} at token {token}, column {column}")]
+    Gradient { layer: usize, token: usize, column: usize, value: f32 },
+    #[error("gradients: {0}")]
+    Windows(String),
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },
     #[error("{0}")]

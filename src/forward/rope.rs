@@ -69,6 +69,11 @@ impl RopeTable {
         table
     }
 
+    /// The table of the transposed rotation: what takes gradients back.
+    pub fn reversed(&self) -> RopeTable {
+        RopeTable { sin: self.sin.iter().map(|s| -s).collect(), ..self.clone() }
+    }
+
     /// Rotates the first `rope_dims` values of every head of one token.
     pub fn apply(&self, heads: &mut [f32], head_dim: usize, position: usize) {
         let range = position * self.pairs..(position + 1) * self.pairs;

@@ -1,0 +1,189 @@
+//! Labels from the model's own predictions, and the backward of the head and the final norm.
+//!
+//! The loss of a position is -log p(label); its gradient with respect to the logits is p - onehot(label). A label drawn
+//! from p makes the mean of the squared gradients the true Fisher information, not the "empirical" one of the text's own
+//! next token (Kunstner et al. 2019).
+
+use rayon::prelude::*;
+
+use super::kernels::{add_squares, rms_norm_rows_back, soft_cap_back, transpose};
+use crate::forward::gemm::product;
+use crate::forward::run::Head;
+use crate::forward::{Activations, ForwardError, Model, kernels};
+
+/// What the head's rows may take as f32, and their transpose once more.
+const BYTES: u64 = 256 << 20;
+/// Positions whose logits are in memory at a time.
+const ROWS: usize = 512;
+
+/// The label of every position.
+#[derive(Clone, Copy, Debug)]
+pub enum Labels<'a> {
+    /// Drawn from the model's softmax; a position's draw depends on this seed and the position alone.
+    Sampled(u64),
+    /// One per token.
+    Given(&'a [u32]),
+}
+
+impl Labels<'_> {
+    fn of(self, position: usize, p: &[f32]) -> usize {
+        match self {
+            Labels::Sampled(seed) => draw(p, uniform(seed, position as u64)),
+            Labels::Given(labels) => labels[position] as usize,
+        }
+    }
+}
+
+/// A number in \[0, 1): output `i` of SplitMix64 (Steele et al. 2014), mixed once more so that streams of neighbouring seeds
+/// have nothing in common.
+fn uniform(seed: u64, i: u64) -> f64 {
+    const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mix = |z: u64| {
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let bits = mix(mix(seed.wrapping_add(GAMMA)).wrapping_add(i.wrapping_add(1).wrapping_mul(GAMMA)));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// The word whose share of the cumulative sum of `p` holds `u`.
+fn draw(p: &[f32], u: f64) -> usize {
+    let target = u * p.iter().map(|&v| f64::from(v)).sum::<f64>();
+    let mut sum = 0.0;
+    let found = p.iter().position(|&v| {
+        sum += f64::from(v);
+        sum > target
+    });
+    found.unwrap_or(p.len().saturating_sub(1))
+}
+
+/// The head set up for the backward pass.
+pub struct HeadBack<'a> {
+    model: &'a Model<'a>,
+    head: Head<'a>,
+    norm: Vec<f32>,
+    /// Rows of the head that are transposed at a time.
+    most: usize,
+    /// `[embed, rows]`: kept if it is all of the head.
+    transposed: Vec<f32>,
+    rows: Vec<f32>,
+    /// Sums of squares of the gradients at its outputs.
+    pub squares: Vec<f64>,
+}
+
+impl<'a> HeadBack<'a> {
+    pub fn new(model: &'a Model<'a>) -> Result<HeadBack<'a>, ForwardError> {
+        HeadBack::within(model, BYTES)
+    }
+
+    /// `bytes`: what its rows may take.
+    fn within(model: &'a Model<'a>, bytes: u64) -> Result<HeadBack<'a>, ForwardError> {
+        Ok(HeadBack {
+            model,
+            head: Head::new(model, Activations::F32, bytes)?,
+            norm: model.output_norm()?,
+            most: (bytes / (model.spec.embed as u64 * 4)).clamp(1, model.vocab as u64) as usize,
+            transposed: Vec::new(),
+            rows: Vec::new(),
+            squares: vec![0.0; model.vocab],
+        })
+    }
+
+    /// Gradients at the stream before the final norm: `x` and `d` are `[positions.len(), embed]`, `positions` the places of
+    /// the rows among all tokens.
+    pub fn run(
+        &mut self,
+        x: &[f32],
+        positions: &[usize],
+        labels: Labels<'_>,
+        d: &mut [f32],
+    ) -> Result<(), ForwardError> {
+        let n = self.model.spec.embed * ROWS;
+        let (mut normed, mut logits, mut d_normed, mut d_x) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for ((x, positions), d) in x.chunks(n).zip(positions.chunks(ROWS)).zip(d.chunks_mut(n)) {
+            normed.clear();
+            normed.extend_from_slice(x);
+            self.head.logits(&mut normed, &mut logits, &mut ())?;
+            self.loss_back(&mut logits, positions, labels);
+            add_squares(&mut self.squares, &logits);
+            self.product_back(&logits, &mut d_normed)?;
+            rms_norm_rows_back(x, &self.norm, self.model.spec.rms_eps, &d_normed, &mut d_x);
+            d.copy_from_slice(&d_x);
+        }
+        Ok(())
+    }
+
+    /// Logits become the gradients at the outputs of the head's product, before scale and cap.
+    fn loss_back(&self, logits: &mut [f32], positions: &[usize], labels: Labels<'_>) {
+        let s = &self.model.spec;
+        logits.par_chunks_mut(self.model.vocab).zip(positions).for_each_init(Vec::new, |capped, (row, &position)| {
+            if s.final_soft_cap.is_some() {
+                capped.clear();
+                capped.extend_from_slice(row);
+            }
+            kernels::softmax(row);
+            let label = labels.of(position, row);
+            row[label] -= 1.0;
+            if let Some(cap) = s.final_soft_cap {
+                soft_cap_back(capped, cap, row);
+            }
+            if s.logit_scale != 1.0 {
+                kernels::scale(row, s.logit_scale);
+            }
+        });
+    }
+
+    /// `out = d W`, `d` of shape `[rows, vocab]`: a part of the head's rows at a time.
+    fn product_back(&mut self, d: &[f32], out: &mut Vec<f32>) -> Result<(), ForwardError> {
+        let (n, vocab) = (self.model.spec.embed, self.model.vocab);
+        out.resize(d.len() / vocab * n, 0.0);
+        if self.most >= vocab {
+            if self.transposed.is_empty() {
+                self.part(0, vocab)?;
+                self.rows = Vec::new();
+            }
+            product(d, &self.transposed, vocab, out);
+            return Ok(());
+        }
+        out.fill(0.0);
+        let (mut columns, mut sum) = (Vec::new(), vec![0.0; out.len()]);
+        for from in (0..vocab).step_by(self.most) {
+            let to = (from + self.most).min(vocab);
+            self.part(from, to)?;
+            columns.clear();
+            d.chunks_exact(vocab).for_each(|row| columns.extend_from_slice(&row[from..to]));
+            product(&columns, &self.transposed, to - from, &mut sum);
+            super::kernels::add_all(out, &sum);
+        }
+        Ok(())
+    }
+
+    fn part(&mut self, from: usize, to: usize) -> Result<(), ForwardError> {
+        let n = self.model.spec.embed;
+        self.rows.resize((to - from) * n, 0.0);
+        self.model.head_rows(from, to, &mut self.rows)?;
+        transpose(&self.rows, n, &mut self.transposed);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let p = [0.5f32, 0.0, 0.25, 0.25];
+        let mut counts = [0; 4];
+        for i in 0..40_000 {
+            counts[draw(&p, uniform(7, i))] += 1;
+        }
+        assert_eq!(counts[1], 0);
+        for (count, p) in counts.iter().zip(p) {
+            assert!((f64::from(*count) / 40_000.0 - f64::from(p)).abs() < 0.01, "{counts:?}");
+        }
+        assert_eq!((draw(&p, 0.0), draw(&p, 0.5), draw(&p, 0.999_999)), (0, 2, 3));
+        assert_ne!(uniform(1, 0), uniform(0, 1));
+    }
+}
