@@ -30,7 +30,7 @@ pub struct ConvertArgs {
     /// Reproduce the rounding of a two-step conversion through an f32, f16 or bf16 file [default: auto, lossless].
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     via: Option<String>,
-    /// Byte for byte what llama.cpp writes. In this version there is no other behaviour.
+    /// Byte for byte what llama.cpp writes. Rounding is then nearest, also with --calibrate.
     #[arg(long, help_heading = "Types")]
     exact: bool,
     /// Type for tensors whose name matches; the first match in the order given wins.
@@ -74,6 +74,13 @@ pub struct ConvertArgs {
     /// Tokens of a window of --calibrate and --check [default: 512].
     #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(8..))]
     ctx: Option<u32>,
+    /// How weights become codes: nearest (as llama.cpp), gptq (fitted to the output of each layer, needs --calibrate), or
+    /// auto: gptq where there is a calibration [default: auto].
+    #[arg(long, value_name = "HOW", help_heading = "Importance")]
+    rounding: Option<String>,
+    /// With gptq: take the inputs of every layer from the float model, not from what is rounded before it. Half the time.
+    #[arg(long, help_heading = "Importance")]
+    one_pass: bool,
     /// Use only imatrix entries whose name contains this.
     #[arg(long, value_name = "PART", help_heading = "Importance")]
     include_weights: Vec<String>,
@@ -222,6 +229,8 @@ impl ConvertArgs {
             calibrate: self.calibrate.clone(),
             calibrate_tokens: self.calibrate_tokens,
             ctx: self.ctx,
+            rounding: self.rounding.clone(),
+            one_pass: self.one_pass,
             include_weights: self.include_weights.clone(),
             exclude_weights: self.exclude_weights.clone(),
             override_kv: self.override_kv.clone(),

@@ -185,7 +185,7 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
 }
 
 /// Folder of the state of a run that writes `out`.
-fn state_of(out: &Path) -> PathBuf {
+pub fn state_of(out: &Path) -> PathBuf {
     let mut name = out.as_os_str().to_os_string();
     name.push(".ostq-state");
     name.into()
@@ -230,6 +230,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Path) -> Result<Imatr
 pub fn done(args: &ConvertArgs) {
     if let Some(out) = args.out() {
         run::forget(&state_of(out));
+        crate::rounding::state::forget(&state_of(out));
     }
 }
 

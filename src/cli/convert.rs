@@ -13,6 +13,7 @@ use crate::convert::progress::Silent;
 use crate::convert::{self, OutputError, Progress, Run};
 use crate::mapped::identity;
 use crate::output;
+use crate::plan::Rounding;
 use crate::plan::memory::human;
 
 /// Converts.
@@ -53,6 +54,10 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         threads(prepared.memory.threads),
         crate::formats::simd::isa().name(),
     ));
+    let rounded = match prepared.options.rounding {
+        Rounding::Gptq => Some(super::round::before(&args, &prepared.options.recipe, &prepared.input, &prepared.plan)?),
+        Rounding::Nearest => None,
+    };
     let bar = (!args.quiet).then(|| Bar::new(total));
     let progress: &dyn Progress = bar.as_ref().map_or(&Silent as &dyn Progress, |b| b);
     let Prepared { input, options, plan, imatrix, memory } = prepared;
@@ -61,6 +66,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         input: &input,
         plan,
         imatrix: imatrix.as_ref(),
+        rounded: rounded.as_ref(),
         memory,
         output: &out,
         force: args.force,

@@ -13,6 +13,7 @@ mod lists;
 mod plan;
 mod print;
 mod qsur;
+mod round;
 mod steps;
 
 use std::process::ExitCode;
@@ -146,6 +147,18 @@ impl From<crate::forward::ForwardError> for Failure {
             _ => REFUSED,
         };
         Failure::new(code, e)
+    }
+}
+
+impl From<crate::rounding::RoundingError> for Failure {
+    fn from(e: crate::rounding::RoundingError) -> Failure {
+        use crate::rounding::RoundingError as R;
+        match e {
+            R::Forward(e) => e.into(),
+            R::Interrupted => Failure::new(INTERRUPTED, e),
+            R::Io { .. } => Failure::new(RESOURCE, e),
+            e => Failure::new(REFUSED, e),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use super::{Failure, RESOURCE, print};
 use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
 use crate::plan::memory::{self, Memory, human};
-use crate::plan::{Input, Options, Plan};
+use crate::plan::{Input, Options, Plan, Rounding};
 
 /// Everything that is known before work starts.
 pub struct Prepared {
@@ -28,7 +28,7 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let mut imatrix = match &r.imatrix {
         Some(path) => Some(Imatrix::load(path)?),
         None if r.calibrate.is_empty() => None,
-        None if calibrate => Some(super::calibrate::before(args, r, path)?),
+        None if calibrate && options.rounding == Rounding::Nearest => Some(super::calibrate::before(args, r, path)?),
         None => Some(supposed(&input)),
     };
     if let Some(i) = &mut imatrix {

@@ -26,6 +26,7 @@ use crate::calibration::imatrix::Imatrix;
 use crate::output;
 use crate::plan::memory::Memory;
 use crate::plan::{Input, Plan};
+use crate::rounding::state::RoundedTensors;
 
 /// Set by the signal handler; workers look at it between items.
 pub static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
@@ -52,6 +53,8 @@ pub struct Run<'a> {
     pub input: &'a Input,
     pub plan: Plan,
     pub imatrix: Option<&'a Imatrix>,
+    /// Tensors whose blocks are there already.
+    pub rounded: Option<&'a RoundedTensors>,
     pub memory: Memory,
     pub output: &'a Path,
     pub force: bool,

@@ -16,6 +16,8 @@ use crate::plan::memory::rows_per_item;
 /// A tensor that cannot be converted: which, where, why.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkError {
+    #[error(transparent)]
+    Rounded(crate::rounding::RoundingError),
     #[error(
         "{}: tensor `{tensor}`: {value} at element {index} (row {row}, column {column}): the checkpoint is damaged",
         file.display()
@@ -147,7 +149,10 @@ fn convert(
     let row_bytes = (t.bytes / t.rows().max(1)) as usize;
     b.bytes.resize(n * row_bytes, 0);
     let mut overflows = 0;
-    if t.ty == s.stored && t.via == s.stored {
+    if let Some(rounded) = run.rounded
+        && rounded.read(&t.name, t.ty, rows.start * row_bytes as u64, &mut b.bytes).map_err(WorkError::Rounded)?
+    {
+    } else if t.ty == s.stored && t.via == s.stored {
         source.copy_rows(t.source, rows.clone(), &mut b.bytes);
         let fail = Fail { run, t, first: rows.start * t.row_len() };
         validate(&fail, s.stored, &b.bytes)?;

@@ -38,7 +38,9 @@ pub enum Offsets {
     /// One f16, added.
     F16,
     /// An integer `0..=hi` times another f16 of the block, subtracted.
-    Ints { hi: i32 },
+    Ints {
+        hi: i32,
+    },
 }
 
 /// What can be said in a block of a format.

@@ -2,7 +2,6 @@
 //!
 //! No fused multiply-add and a fixed shape of every sum, so that all instruction sets give the same bits.
 
-
 /// Defines a function whose body is compiled once per instruction set and chosen at run time.
 macro_rules! vectorized {
     ($(#[$meta:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {

@@ -116,14 +116,17 @@ pub struct Layer {
 /// Buffers of a layer's run, `[tokens, ...]`, kept from layer to layer.
 #[derive(Default)]
 pub struct Scratch {
-    normed: Vec<f32>,
+    /// Input of a branch.
+    pub normed: Vec<f32>,
     rounded: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    attended: Vec<f32>,
+    /// Input of the output matrix of attention.
+    pub attended: Vec<f32>,
     branch: Vec<f32>,
-    gate: Vec<f32>,
+    /// Input of the down matrix.
+    pub gate: Vec<f32>,
     up: Vec<f32>,
 }
 
@@ -191,9 +194,23 @@ impl Layer {
         s: &mut Scratch,
         observer: &mut dyn Observer,
     ) -> Result<(), ForwardError> {
+        let input = self.attention_input(pass, x, s);
+        show(observer, &[&self.q.name, &self.k.name, &self.v.name], &input, (pass.length, self.q.inputs))?;
+        self.attend(pass, &input, s);
+        s.normed = input;
+        show(observer, &[&self.o.name], &s.attended, (pass.length, self.o.inputs))?;
+        self.o.run(&mut Input::new(&s.attended, &mut s.rounded), &mut s.branch);
+        Ok(())
+    }
+
+    /// The input of q, k and v, in a buffer of `s`.
+    pub fn attention_input(&self, pass: &Pass<'_>, x: &[f32], s: &mut Scratch) -> Vec<f32> {
+        pre_norm(x, &self.attn_norm, pass.model.spec.rms_eps, std::mem::take(&mut s.normed))
+    }
+
+    /// Attention over `input`, up to the input of the output matrix: [`Scratch::attended`].
+    pub fn attend(&self, pass: &Pass<'_>, input: &[f32], s: &mut Scratch) {
         let spec = &pass.model.spec;
-        let input = pre_norm(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
-        show(observer, &[&self.q.name, &self.k.name, &self.v.name], input, (pass.length, spec.embed))?;
         let mut input = Input::new(input, &mut s.rounded);
         run_all([(&self.q, &mut s.q), (&self.k, &mut s.k), (&self.v, &mut s.v)], &mut input);
         let window = spec.window_of(self.index);
@@ -223,9 +240,25 @@ impl Layer {
         }
         s.attended.resize(s.q.len(), 0.0);
         attend(spec, &s.q, &s.k, &s.v, pass.length, window, &mut s.attended);
-        show(observer, &[&self.o.name], &s.attended, (pass.length, self.o.inputs))?;
-        self.o.run(&mut Input::new(&s.attended, &mut s.rounded), &mut s.branch);
-        Ok(())
+    }
+
+    /// `x += o(attended)`.
+    pub fn attention_output(&self, pass: &Pass<'_>, attended: &[f32], x: &mut [f32], s: &mut Scratch) {
+        self.o.run(&mut Input::new(attended, &mut s.rounded), &mut s.branch);
+        self.add_branch(pass, x, s, &self.attn_post_norm);
+    }
+
+    /// The input of the feed-forward branch, in a buffer of `s`.
+    pub fn feed_forward_input(&self, pass: &Pass<'_>, x: &[f32], s: &mut Scratch) -> Vec<f32> {
+        pre_norm(x, &self.ffn_norm, pass.model.spec.rms_eps, std::mem::take(&mut s.normed))
+    }
+
+    /// `x += down(hidden)` of a dense layer.
+    pub fn feed_forward_output(&self, pass: &Pass<'_>, hidden: &[f32], x: &mut [f32], s: &mut Scratch) {
+        if let FeedForward::Dense { down, .. } = &self.ffn {
+            down.run(&mut Input::new(hidden, &mut s.rounded), &mut s.branch);
+            self.add_branch(pass, x, s, &self.ffn_post_norm);
+        }
     }
 
     fn feed_forward(
@@ -235,55 +268,69 @@ impl Layer {
         s: &mut Scratch,
         observer: &mut dyn Observer,
     ) -> Result<(), ForwardError> {
-        let spec = &pass.model.spec;
-        let input = pre_norm(x, &self.ffn_norm, spec.rms_eps, &mut s.normed);
+        let input = self.feed_forward_input(pass, x, s);
         match &self.ffn {
             FeedForward::Dense { gate, up, down } => {
-                show(observer, &[&gate.name, &up.name], input, (pass.length, spec.embed))?;
-                let mut input = Input::new(input, &mut s.rounded);
-                run_all([(gate, &mut s.gate), (up, &mut s.up)], &mut input);
-                activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
+                show(observer, &[&gate.name, &up.name], &input, (pass.length, gate.inputs))?;
+                gated(pass, (gate, up), &input, s);
                 show(observer, &[&down.name], &s.gate, (pass.length, down.inputs))?;
                 down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut s.branch);
             }
-            FeedForward::Experts { router } => {
-                show(observer, &[&router.name], input, (pass.length, spec.embed))?;
-                router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
-                let chosen = route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale);
-                s.branch.clear();
-                s.branch.resize(x.len(), 0.0);
-                let (mut rows, mut out) = (Vec::new(), Vec::new());
-                for e in 0..spec.experts {
-                    let mine: Vec<(usize, f32)> = chosen
-                        .chunks_exact(spec.experts_used)
-                        .enumerate()
-                        .filter_map(|(t, c)| c.iter().find(|(i, _)| *i == e).map(|(_, w)| (t, *w)))
-                        .collect();
-                    if mine.is_empty() {
-                        continue;
-                    }
-                    let [gate, up, down] = pass.model.expert(self.index, e, pass.activations)?;
-                    rows.clear();
-                    for &(t, _) in &mine {
-                        rows.extend_from_slice(&input[t * spec.embed..(t + 1) * spec.embed]);
-                    }
-                    let by_window = mine.chunk_by(|a, b| a.0 / pass.length == b.0 / pass.length).map(<[_]>::len);
-                    let counts: Vec<usize> = by_window.collect();
-                    let which = (e, spec.experts);
-                    show_expert(observer, &[&gate.name, &up.name], which, &rows, (&counts, spec.embed))?;
-                    let mut input = Input::new(&rows, &mut s.rounded);
-                    run_all([(&gate, &mut s.gate), (&up, &mut s.up)], &mut input);
-                    activate(spec.activation, &mut s.gate, &s.up, gate.outputs());
-                    show_expert(observer, &[&down.name], which, &s.gate, (&counts, down.inputs))?;
-                    down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut out);
-                    for (row, &(t, w)) in out.chunks_exact(spec.embed).zip(&mine) {
-                        kernels::add_scaled(&mut s.branch[t * spec.embed..(t + 1) * spec.embed], row, w);
-                    }
-                }
+            FeedForward::Experts { router } => self.experts(pass, router, &input, s, observer)?,
+        }
+        s.normed = input;
+        Ok(())
+    }
+
+    fn experts(
+        &self,
+        pass: &Pass<'_>,
+        router: &Linear,
+        input: &[f32],
+        s: &mut Scratch,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ForwardError> {
+        let spec = &pass.model.spec;
+        show(observer, &[&router.name], input, (pass.length, spec.embed))?;
+        router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
+        let chosen = route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale);
+        s.branch.clear();
+        s.branch.resize(input.len(), 0.0);
+        let (mut rows, mut out) = (Vec::new(), Vec::new());
+        for e in 0..spec.experts {
+            let mine: Vec<(usize, f32)> = chosen
+                .chunks_exact(spec.experts_used)
+                .enumerate()
+                .filter_map(|(t, c)| c.iter().find(|(i, _)| *i == e).map(|(_, w)| (t, *w)))
+                .collect();
+            if mine.is_empty() {
+                continue;
+            }
+            let [gate, up, down] = pass.model.expert(self.index, e, pass.activations)?;
+            rows.clear();
+            for &(t, _) in &mine {
+                rows.extend_from_slice(&input[t * spec.embed..(t + 1) * spec.embed]);
+            }
+            let by_window = mine.chunk_by(|a, b| a.0 / pass.length == b.0 / pass.length).map(<[_]>::len);
+            let counts: Vec<usize> = by_window.collect();
+            let which = (e, spec.experts);
+            show_expert(observer, &[&gate.name, &up.name], which, &rows, (&counts, spec.embed))?;
+            gated(pass, (&gate, &up), &rows, s);
+            show_expert(observer, &[&down.name], which, &s.gate, (&counts, down.inputs))?;
+            down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut out);
+            for (row, &(t, w)) in out.chunks_exact(spec.embed).zip(&mine) {
+                kernels::add_scaled(&mut s.branch[t * spec.embed..(t + 1) * spec.embed], row, w);
             }
         }
         Ok(())
     }
+}
+
+/// The gated activation of `input`, up to the input of the down matrix: [`Scratch::gate`].
+pub fn gated(pass: &Pass<'_>, (gate, up): (&Linear, &Linear), input: &[f32], s: &mut Scratch) {
+    let mut input = Input::new(input, &mut s.rounded);
+    run_all([(gate, &mut s.gate), (up, &mut s.up)], &mut input);
+    activate(pass.model.spec.activation, &mut s.gate, &s.up, gate.outputs());
 }
 
 /// Shows `x` to the observer window by window, so that what it sums does not depend on the batch.
@@ -313,15 +360,16 @@ fn show_expert(
     Ok(())
 }
 
-/// The input of a branch: normed, or the stream itself where the norm comes after.
-fn pre_norm<'a>(x: &'a [f32], norm: &Option<Vec<f32>>, eps: f32, normed: &'a mut Vec<f32>) -> &'a [f32] {
+/// The input of a branch, in `out`: normed, or the stream itself where the norm comes after.
+fn pre_norm(x: &[f32], norm: &Option<Vec<f32>>, eps: f32, mut out: Vec<f32>) -> Vec<f32> {
     match norm {
-        Some(w) => {
-            norm_rows(x, w, eps, normed);
-            normed
+        Some(w) => norm_rows(x, w, eps, &mut out),
+        None => {
+            out.clear();
+            out.extend_from_slice(x);
         }
-        None => x,
     }
+    out
 }
 
 fn activate(activation: Activation, gate: &mut [f32], up: &[f32], columns: usize) {

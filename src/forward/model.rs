@@ -319,6 +319,16 @@ impl<'a> Model<'a> {
         self.source.tensors()[self.index[self.head_name()]].stored
     }
 
+    /// The head as a linear.
+    pub fn head(&self, activations: Activations) -> Result<Linear, ForwardError> {
+        self.whole(self.head_name(), activations)
+    }
+
+    /// Rows of the embedding as they are stored, as f32.
+    pub fn embedding_rows(&self, from: usize, to: usize, out: &mut [f32]) -> Result<(), ForwardError> {
+        self.rows("token_embd.weight", from, to, out)
+    }
+
     /// Rows of the head as f32.
     pub fn head_rows(&self, from: usize, to: usize, out: &mut [f32]) -> Result<(), ForwardError> {
         self.rows(self.head_name(), from, to, out)

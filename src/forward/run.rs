@@ -112,6 +112,18 @@ impl<'a> Runner<'a> {
         (3 * s.embed + 2 * q + 2 * kv + 2 * ff + rounded) as u64 * 4 * tokens as u64
     }
 
+    /// Lends what steps of a layer need.
+    pub fn pass<R>(&mut self, step: impl FnOnce(&Pass<'_>, &mut Scratch) -> R) -> R {
+        let pass = Pass {
+            model: self.model,
+            rope: &self.rope,
+            window_rope: &self.window_rope,
+            activations: self.activations,
+            length: self.length,
+        };
+        step(&pass, &mut self.scratch)
+    }
+
     /// Embeds all `tokens` into `hidden`.
     pub fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<(), ForwardError> {
         let n = self.model.spec.embed;
@@ -170,14 +182,7 @@ impl<'a> Runner<'a> {
             let here = step.min(tokens - at);
             x.resize(here * n, 0.0);
             read(at * n, &mut x)?;
-            let pass = Pass {
-                model: self.model,
-                rope: &self.rope,
-                window_rope: &self.window_rope,
-                activations: self.activations,
-                length: self.length,
-            };
-            layer.run(&pass, &mut x, &mut self.scratch, observer)?;
+            self.pass(|pass, scratch| layer.run(pass, &mut x, scratch, observer))?;
             if !kernels::all_finite(&x) {
                 let i = x.iter().position(|v| !v.is_finite()).unwrap_or(0);
                 let (token, column) = (at + i / n, i % n);

@@ -81,6 +81,26 @@ fn finite(a: &[f64], n: usize) -> Result<(), LinalgError> {
     Ok(())
 }
 
+/// The inverse of a lower triangular `l` \[n, n\].
+#[inline(never)]
+pub fn invert_lower(l: &[f64], n: usize, par: Par) -> Vec<f64> {
+    let mut inverse = vec![0.0; n * n];
+    let into = MatMut::from_row_major_slice_mut(&mut inverse, n, n);
+    faer::linalg::triangular_inverse::invert_lower_triangular(into, MatRef::from_row_major_slice(l, n, n), par);
+    inverse
+}
+
+/// `x ← x (L Lᵀ)⁻¹`: `l` lower triangular \[n, n\], `x` \[m, n\].
+#[inline(never)]
+pub fn solve(l: &[f64], x: &mut [f64], n: usize, par: Par) {
+    use faer::linalg::cholesky::llt::solve::{solve_in_place, solve_in_place_scratch};
+    let m = x.len() / n;
+    let mut memory = faer::dyn_stack::MemBuffer::new(solve_in_place_scratch::<f64>(n, m, par));
+    let x = MatMut::from_column_major_slice_mut(x, n, m);
+    let l = MatRef::from_row_major_slice(l, n, n);
+    solve_in_place(l, x, par, faer::dyn_stack::MemStack::new(&mut memory));
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::values;

@@ -16,8 +16,8 @@ mod view;
 
 pub use faer::Par;
 
-pub use factor::{LinalgError, cholesky, eigen};
-pub use product::{Product, product, products, times};
+pub use factor::{LinalgError, cholesky, eigen, invert_lower, solve};
+pub use product::{Product, add_cross, add_times, product, products, times};
 pub use symmetric::{F32_RUN, gemm_f64, mirror, packed_len, syrk_f64, syrk_packed};
 pub use view::{View, ViewMut};
 

@@ -32,6 +32,11 @@ impl<'a> ViewMut<'a> {
         ViewMut(MatMut::from_row_major_slice_mut(values, rows, columns))
     }
 
+    /// As [`View::part`].
+    pub fn part(self, at: (usize, usize), rows: usize, columns: usize) -> ViewMut<'a> {
+        ViewMut(self.0.submatrix_mut(at.0, at.1, rows, columns))
+    }
+
     pub fn rows(&self) -> usize {
         self.0.nrows()
     }

@@ -15,7 +15,7 @@ use std::path::Path;
 
 pub use ftype::FileType;
 pub use input::Input;
-pub use options::{Options, OutType, Target, Via};
+pub use options::{Options, OutType, Rounding, Target, Via};
 pub use recipe::{BUILT_IN, Recipe};
 
 use crate::calibration::imatrix::Imatrix;

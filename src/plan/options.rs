@@ -56,6 +56,16 @@ impl OutType {
     }
 }
 
+/// How weights become codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Rounding {
+    /// As llama.cpp.
+    #[default]
+    Nearest,
+    /// Fitted to the output of each layer ([`crate::rounding`]).
+    Gptq,
+}
+
 /// The file between conversion and quantization, whose rounding is reproduced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Via {
@@ -80,6 +90,7 @@ pub struct Options {
     pub recipe: Recipe,
     pub target: Target,
     pub via: Via,
+    pub rounding: Rounding,
     pub output_tensor_type: Option<GgmlType>,
     pub token_embedding_type: Option<GgmlType>,
     pub tensor_types: Vec<TensorTypeRule>,
@@ -113,6 +124,17 @@ impl Options {
             Some("bf16") => Via::BF16,
             Some(other) => return Err(format!("--via: `{other}` is not auto, f32, f16 or bf16")),
         };
+        let rounding = match r.rounding.as_deref().map(str::to_ascii_lowercase).as_deref() {
+            None | Some("auto") if r.calibrate.is_empty() || r.exact => Rounding::Nearest,
+            None | Some("auto") => Rounding::Gptq,
+            Some("nearest") => Rounding::Nearest,
+            Some("gptq") if r.exact => return Err("--exact promises llama.cpp's bytes: it rounds to nearest".into()),
+            Some("gptq") if r.calibrate.is_empty() => {
+                return Err(format!("--rounding gptq needs --calibrate TEXT (or --calibrate {})", super::BUILT_IN));
+            }
+            Some("gptq") => Rounding::Gptq,
+            Some(other) => return Err(format!("--rounding: `{other}` is not nearest, gptq or auto")),
+        };
         if !r.include_weights.is_empty() && !r.exclude_weights.is_empty() {
             return Err("--include-weights and --exclude-weights exclude each other".into());
         }
@@ -131,6 +153,7 @@ impl Options {
         Ok(Options {
             target,
             via,
+            rounding,
             output_tensor_type: one("--output-tensor-type", &r.output_tensor_type)?,
             token_embedding_type: one("--token-embedding-type", &r.token_embedding_type)?,
             tensor_types,

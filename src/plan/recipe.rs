@@ -45,6 +45,12 @@ pub struct Recipe {
     /// Tokens of a window.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ctx: Option<u32>,
+    /// `nearest`, `gptq` or `auto`: how weights become codes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<String>,
+    /// Hessians of the float model only.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub one_pass: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub include_weights: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -113,14 +119,14 @@ impl Recipe {
             (self.r#type, self.outtype) = (None, None);
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
-        take!(calibrate_tokens ctx);
+        take!(calibrate_tokens ctx rounding);
         // an importance matrix comes from one place
         if !over.calibrate.is_empty() {
             self.imatrix = None;
         } else if imatrix_over {
             self.calibrate.clear();
         }
-        or!(exact leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
+        or!(exact one_pass leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
         extend!(tensor_type calibrate include_weights exclude_weights override_kv prune_layers);
         self

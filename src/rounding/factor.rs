@@ -4,11 +4,9 @@
 //! moves the later columns by `−e / U_jj · U_j,later`, and `e² / U_jj²` is what the error costs when they do. `U` comes from
 //! one factorisation and one triangular inverse: with `P` the reversal of the order and `P H P = L Lᵀ`, `U = P L⁻¹ P`.
 
-use faer::Par;
-
-use super::{RoundingError, dense};
+use super::RoundingError;
 use crate::calibration::moments::Moments;
-use crate::linalg;
+use crate::linalg::{self, Par};
 
 /// A damped Hessian and its factor.
 pub struct Factor {
@@ -72,7 +70,7 @@ impl Factor {
             }
             match linalg::cholesky(&mut l, n, par) {
                 Ok(_) => {
-                    dense::invert_lower(&mut l, n, par);
+                    let l = linalg::invert_lower(&l, n, par);
                     let mut u = vec![0f32; n * n];
                     for i in 0..n {
                         for j in i..n {
@@ -80,7 +78,6 @@ impl Factor {
                         }
                     }
                     if u.iter().all(|v| v.is_finite()) {
-                        drop(l);
                         let costs = (0..n).map(|j| 1.0 / (u[j * n + j] * u[j * n + j])).collect();
                         let h = h.iter().map(|v| *v as f32).collect();
                         return Ok(Factor { n, h, u, costs, importance, damping, dead });

@@ -5,11 +5,11 @@
 //! sub-block once more when its own first column is reached. Columns of a sub-block go one by one, sixteen rows at a time;
 //! what their errors do to the rest of the panel, and a panel's to the rest of the row, are products of matrices.
 
-use super::dense::{View, add_product};
 use super::factor::Factor;
 use super::levels::{LANES, Levels};
 use super::search::{self, Head};
 use crate::formats::grid::{Grid, Scales};
+use crate::linalg::{View, ViewMut, add_times};
 
 /// Columns of a panel: a super-block.
 pub const PANEL: usize = 256;
@@ -73,20 +73,14 @@ pub fn gptq<L: Levels>(g: &Grid, l: L, f: &Factor, t: &mut Tile, search: bool) {
                     columns(g, l, f, t, &mut errors, (r, c0, p0), &lines);
                 }
                 let c1 = c0 + g.sub;
-                let rest = View { at: c1, rows, columns: p1 - c1, stride: n };
-                let own = View { at: c0 - p0, rows, columns: g.sub, stride: PANEL };
-                let u = View { at: c0 * n + c1, rows: g.sub, columns: p1 - c1, stride: n };
-                if c1 < p1 {
-                    add_product((&mut t.w, rest), (&errors, own), (&f.u, u), -1.0);
-                }
+                let rest = ViewMut::new(&mut t.w, rows, n).part((0, c1), rows, p1 - c1);
+                let own = View::new(&errors, rows, PANEL).part((0, c0 - p0), rows, g.sub);
+                add_times(rest, own, View::new(&f.u, n, n).part((c0, c1), g.sub, p1 - c1), -1.0);
             }
         }
-        if p1 < n {
-            let rest = View { at: p1, rows, columns: n - p1, stride: n };
-            let own = View { at: 0, rows, columns: p1 - p0, stride: PANEL };
-            let u = View { at: p0 * n + p1, rows: p1 - p0, columns: n - p1, stride: n };
-            add_product((&mut t.w, rest), (&errors, own), (&f.u, u), -1.0);
-        }
+        let rest = ViewMut::new(&mut t.w, rows, n).part((0, p1), rows, n - p1);
+        let own = View::new(&errors, rows, PANEL).part((0, 0), rows, p1 - p0);
+        add_times(rest, own, View::new(&f.u, n, n).part((p0, p1), p1 - p0, n - p1), -1.0);
     }
 }
 

@@ -2,14 +2,15 @@
 
 use rayon::prelude::*;
 
+use super::RoundingError;
 use super::factor::Factor;
 use super::gptq::{PANEL, Tile, gptq};
 use super::levels::AnyLevels;
 use super::refine::{errors, refine};
-use super::{RoundingError, dense};
 use crate::formats::grid::{self, Grid, Parts};
 use crate::forward::kernels::vectorized;
 use crate::gguf::GgmlType;
+use crate::linalg::{View, ViewMut, add_times};
 
 /// Rows of a tile. It decides how products are cut, so bytes depend on it; threads do not.
 const ROWS: usize = 64;
@@ -136,13 +137,7 @@ fn tile(
 }
 
 /// Types with a vector codebook: ggml's search on a super-block at a time, errors carried to the later ones.
-fn panels(
-    ty: GgmlType,
-    target: &[f32],
-    f: &Factor,
-    bytes: &mut [u8],
-    values: &mut [f32],
-) -> Result<(), RoundingError> {
+fn panels(ty: GgmlType, target: &[f32], f: &Factor, bytes: &mut [u8], values: &mut [f32]) -> Result<(), RoundingError> {
     let n = f.n;
     let rows = target.len() / n;
     let format = crate::formats::format(ty).expect("the plan holds only types that can be encoded");
@@ -173,12 +168,9 @@ fn panels(
             }
         }
         let p1 = p0 + width;
-        if p1 < n {
-            let rest = dense::View { at: p1, rows, columns: n - p1, stride: n };
-            let own = dense::View { at: 0, rows, columns: width, stride: width };
-            let u = dense::View { at: p0 * n + p1, rows: width, columns: n - p1, stride: n };
-            dense::add_product((&mut w, rest), (&part, own), (&f.u, u), -1.0);
-        }
+        let rest = ViewMut::new(&mut w, rows, n).part((0, p1), rows, n - p1);
+        let u = View::new(&f.u, n, n).part((p0, p1), width, n - p1);
+        add_times(rest, View::new(&part, rows, width), u, -1.0);
     }
     Ok(())
 }

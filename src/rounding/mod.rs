@@ -6,18 +6,24 @@
 //! where that is better. [`run`] takes a model through it layer by layer: the float model and the rounded one side by side,
 //! each layer fitted to the float model's output from the inputs that the rounded one gives it ([`target`]).
 
-pub mod dense;
 pub mod factor;
 pub mod gptq;
 pub mod levels;
 pub mod matrix;
 pub mod refine;
+pub mod run;
 pub mod search;
+pub mod site;
+pub mod state;
 pub mod target;
 
 pub use factor::Factor;
 
+use std::path::PathBuf;
+
+use crate::calibration::moments::MomentsError;
 use crate::formats::FormatError;
+use crate::forward::ForwardError;
 
 /// Why a weight cannot be rounded this way.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +32,16 @@ pub enum RoundingError {
     Hessian(String),
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    #[error(transparent)]
+    Moments(#[from] MomentsError),
+    #[error("{}: {source}", file.display())]
+    Io { file: PathBuf, source: std::io::Error },
+    #[error("mixtures of experts cannot be rounded with GPTQ yet; take --rounding nearest")]
+    Experts,
+    #[error("interrupted; what is done is kept, the same command goes on from there")]
+    Interrupted,
 }
 
 #[cfg(test)]

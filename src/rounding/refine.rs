@@ -5,13 +5,13 @@
 //! move by one, with the codes as they are or coded anew; an f16 moves to its least-squares place. Only what lowers the error
 //! is taken. `G = (V − T) H` is kept up to date: inside a panel by rows of `H`, outside it by a product once per panel.
 
-use super::dense::{View, add_product};
 use super::factor::Factor;
 use super::gptq::{PANEL, Tile};
 use super::levels::Levels;
 use super::search::Head;
 use crate::formats::grid::{Grid, Offsets, Scales};
 use crate::formats::search::{from_f16_bits, to_f16_bits};
+use crate::linalg::{View, ViewMut, add_times, times};
 
 /// Most rounds over a tile.
 const ROUNDS: usize = 6;
@@ -25,9 +25,7 @@ pub fn errors(f: &Factor, values: &[f32], target: &[f32], gradient: &mut Vec<f32
     let difference: Vec<f32> = values.iter().zip(target).map(|(v, t)| v - t).collect();
     gradient.clear();
     gradient.resize(rows * n, 0.0);
-    let whole = View { at: 0, rows, columns: n, stride: n };
-    let h = View { at: 0, rows: n, columns: n, stride: n };
-    add_product((gradient, whole), (&difference, whole), (&f.h, h), 1.0);
+    times(ViewMut::new(gradient, rows, n), View::new(&difference, rows, n), View::new(&f.h, n, n), 1.0);
     let row = |(d, g): (&[f32], &[f32])| d.iter().zip(g).map(|(d, g)| f64::from(*d) * f64::from(*g)).sum::<f64>();
     difference.chunks_exact(n).zip(gradient.chunks_exact(n)).map(row).collect()
 }
@@ -39,7 +37,10 @@ pub fn refine<L: Levels>(g: &Grid, l: L, f: &Factor, t: &mut Tile, target: &[f32
     let blocks = n / g.block;
     let mut gradient = Vec::new();
     let mut before: f64 = errors(f, &t.values, target, &mut gradient).iter().sum();
-    for _ in 0..ROUNDS {
+    let mut done = false;
+    for round in 0..=ROUNDS {
+        // the last round moves codes only, so that each is the best for what is stored beside it
+        let last = round == ROUNDS || done;
         for p0 in (0..n).step_by(PANEL) {
             let p1 = (p0 + PANEL).min(n);
             let width = p1 - p0;
@@ -57,25 +58,24 @@ pub fn refine<L: Levels>(g: &Grid, l: L, f: &Factor, t: &mut Tile, target: &[f32
                 for b0 in (0..width).step_by(g.block) {
                     let codes = &mut t.codes[r * n + p0 + b0..][..g.block];
                     let head = &mut t.heads[r * blocks + (p0 + b0) / g.block];
-                    row.block(g, l, head, codes, b0);
+                    row.block(g, l, head, codes, b0, last);
                 }
                 moved.iter_mut().zip(&*row.values).for_each(|(m, v)| *m = v - *m);
             }
-            let own = View { at: 0, rows, columns: width, stride: width };
             for (from, to) in [(0, p0), (p1, n)] {
-                let rest = View { at: from, rows, columns: to - from, stride: n };
-                let h = View { at: p0 * n + from, rows: width, columns: to - from, stride: n };
-                if to > from {
-                    add_product((&mut gradient, rest), (&moved, own), (&f.h, h), 1.0);
-                }
+                let rest = ViewMut::new(&mut gradient, rows, n).part((0, from), rows, to - from);
+                let h = View::new(&f.h, n, n).part((p0, from), width, to - from);
+                add_times(rest, View::new(&moved, rows, width), h, 1.0);
             }
         }
         // not the sum that was kept up to date: its rounding adds up
-        let now: f64 = errors(f, &t.values, target, &mut gradient).iter().sum();
-        if now > before * (1.0 - ENOUGH) {
-            break;
+        let now = errors(f, &t.values, target, &mut gradient);
+        if last {
+            return now;
         }
-        before = now;
+        let sum: f64 = now.iter().sum();
+        done = sum > before * (1.0 - ENOUGH);
+        before = sum;
     }
     errors(f, &t.values, target, &mut gradient)
 }
@@ -105,13 +105,16 @@ impl Row<'_> {
     }
 
     #[inline(always)]
-    fn block<L: Levels>(&mut self, g: &Grid, l: L, head: &mut Head, codes: &mut [u8], b0: usize) {
+    fn block<L: Levels>(&mut self, g: &Grid, l: L, head: &mut Head, codes: &mut [u8], b0: usize, only_codes: bool) {
         for sub in 0..g.subs() {
             let at = sub * g.sub;
-            self.codes(g, l, head.line(g, sub), &mut codes[at..at + g.sub], b0 + at);
-            if matches!(g.scales, Scales::Ints { .. }) {
+            self.codes(l, head.line(g, sub), &mut codes[at..at + g.sub], b0 + at);
+            if !only_codes && matches!(g.scales, Scales::Ints { .. }) {
                 self.ints(g, l, head, sub, &mut codes[at..at + g.sub], b0 + at);
             }
+        }
+        if only_codes {
+            return;
         }
         if g.scales != Scales::E8M0 {
             self.shared(g, l, head, codes, b0, false);
@@ -123,7 +126,7 @@ impl Row<'_> {
 
     /// Each code of a sub-block to the level nearest to the minimum along its column.
     #[inline(always)]
-    fn codes<L: Levels>(&mut self, _: &Grid, l: L, (scale, offset): (f32, f32), codes: &mut [u8], at: usize) {
+    fn codes<L: Levels>(&mut self, l: L, (scale, offset): (f32, f32), codes: &mut [u8], at: usize) {
         if scale == 0.0 {
             return;
         }

@@ -4,11 +4,14 @@
 //! is nearest, in the norm of `Ĥ = E[x̂ x̂ᵀ]`, to `W + W E[(x − x̂) x̂ᵀ] Ĥ⁻¹` (the idea of GPTAQ, Li et al. 2025: asymmetric
 //! calibration). The inverse is damped strongly: the correction must not chase the noise of the calibration text.
 
-use faer::Par;
+use rayon::prelude::*;
 
+use super::RoundingError;
 use super::factor::mean_diagonal;
-use super::{RoundingError, dense};
-use crate::linalg;
+use crate::linalg::{self, Par, View, ViewMut, times};
+
+/// Rows of a task.
+const ROWS: usize = 64;
 
 /// Damping of the inverse, as a part of the mean of the diagonal.
 pub const DAMPING: f64 = 0.5;
@@ -26,9 +29,11 @@ pub fn factor(h: &[f64], n: usize, damping: f64, par: Par) -> Result<Vec<f64>, R
 pub fn corrected(w: &[f32], c: &[f32], l: &[f64], n: usize, par: Par) -> Vec<f32> {
     let m = w.len() / n;
     let mut product = vec![0f32; m * n];
-    let square = |rows| dense::View { at: 0, rows, columns: n, stride: n };
-    dense::add_product((&mut product, square(m)), (w, square(m)), (c, square(n)), 1.0);
+    product.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).for_each(|(product, w)| {
+        let rows = w.len() / n;
+        times(ViewMut::new(product, rows, n), View::new(w, rows, n), View::new(c, n, n), 1.0);
+    });
     let mut x: Vec<f64> = product.into_iter().map(f64::from).collect();
-    dense::solve(l, &mut x, n, par);
+    linalg::solve(l, &mut x, n, par);
     w.iter().zip(x).map(|(w, x)| (f64::from(*w) + x) as f32).collect()
 }

@@ -30,7 +30,7 @@ fn hessian(n: usize, seed: u64) -> Vec<f64> {
         }
     }
     let mut h = vec![0f64; n * n];
-    linalg::syrk_f64(&mut h, &mixed, tokens, n, faer::Par::Seq);
+    linalg::syrk_f64(&mut h, &mixed, tokens, n, linalg::Par::Seq);
     linalg::mirror(&mut h, n);
     h.iter_mut().for_each(|v| *v /= tokens as f64);
     h
@@ -39,7 +39,7 @@ fn hessian(n: usize, seed: u64) -> Vec<f64> {
 fn identity(n: usize) -> Factor {
     let mut h = vec![0.0; n * n];
     (0..n).for_each(|i| h[i * n + i] = 1.0);
-    Factor::new(h, n, 0.0, faer::Par::Seq).unwrap()
+    Factor::new(h, n, 0.0, linalg::Par::Seq).unwrap()
 }
 
 fn error(f: &Factor, v: &[f32], t: &[f32]) -> f64 {
@@ -88,7 +88,7 @@ fn textbook(w: &[f32], h: &[f32], n: usize, step: f64, (lo, hi): (f64, f64)) -> 
 #[test]
 fn columns_are_those_of_the_textbook() {
     let n = 96;
-    let f = Factor::new(hessian(n, 3), n, 0.01, faer::Par::Seq).unwrap();
+    let f = Factor::new(hessian(n, 3), n, 0.01, linalg::Par::Seq).unwrap();
     let w = values(40 * n, 5);
     let g = Grid::of(GgmlType::Q4_0).unwrap();
     let mut t = super::gptq::Tile::new(&g, &w, n);
@@ -105,7 +105,7 @@ fn columns_are_those_of_the_textbook() {
 #[test]
 fn the_factor_is_the_upper_one_of_the_inverse() {
     let n = 70;
-    let f = Factor::new(hessian(n, 1), n, 0.01, faer::Par::Seq).unwrap();
+    let f = Factor::new(hessian(n, 1), n, 0.01, linalg::Par::Seq).unwrap();
     // U H Uᵀ = 1 where Uᵀ U = H⁻¹
     for i in 0..n {
         for j in 0..n {
@@ -140,7 +140,7 @@ fn without_correlation_every_code_is_the_nearest() {
 #[test]
 fn never_above_nearest_and_well_below_it() {
     let n = 512;
-    let f = Factor::new(hessian(n, 2), n, 0.01, faer::Par::Seq).unwrap();
+    let f = Factor::new(hessian(n, 2), n, 0.01, linalg::Par::Seq).unwrap();
     let w = values(70 * n, 6);
     for ty in GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some()) {
         let r = round(ty, &w, &w, &f).unwrap();
@@ -157,7 +157,7 @@ fn never_above_nearest_and_well_below_it() {
 #[test]
 fn threads_and_instruction_sets_change_nothing() {
     let n = 512;
-    let f = Factor::new(hessian(n, 4), n, 0.01, faer::Par::Seq).unwrap();
+    let f = Factor::new(hessian(n, 4), n, 0.01, linalg::Par::Seq).unwrap();
     let w = values(130 * n, 7);
     let on = |threads: usize, isa| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

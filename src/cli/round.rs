@@ -1,0 +1,146 @@
+//! GPTQ on the way to a conversion.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use super::args::ConvertArgs;
+use super::calibrate::{files, pool, state_of};
+use super::steps::Steps;
+use super::{Failure, RESOURCE, print};
+use crate::calibration::{fingerprint, windows};
+use crate::forward::Model;
+use crate::gguf::GgmlType;
+use crate::plan::memory::human;
+use crate::plan::{Input, Plan, Recipe};
+use crate::rounding::run::{self, Job, Watch};
+use crate::rounding::state::{Report, RoundedTensors};
+use crate::tokenizer::encode::TextEncoder;
+
+/// Tokens that are enough: with 8 thousand most of what GPTQ with corrected targets gains is lost again.
+const TOKENS: u64 = 139_264;
+/// Fewer are warned of.
+const FEW: usize = 128 * 1024;
+/// Most windows that go through a layer together.
+const BATCH: usize = 16;
+
+/// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.
+fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
+    let wanted = |t: &&crate::plan::PlannedTensor| {
+        let stored = input.source.tensors()[t.source].stored;
+        t.ty.is_quantized() && t.ty != stored && t.dims.len() == 2 && t.name.ends_with(".weight")
+    };
+    plan.tensors.iter().filter(wanted).map(|t| (t.name.clone(), t.ty)).collect()
+}
+
+/// Rounds what the plan says.
+pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> Result<RoundedTensors, Failure> {
+    let path = args.input.as_deref().expect("required by the parser");
+    let model = Model::new(path, &*input.source, &input.metadata)?;
+    let encoder = TextEncoder::from_metadata(&input.metadata)
+        .map_err(|e| Failure::new(super::REFUSED, format!("{}: {e}", path.display())))?;
+    let texts = windows::load(&files(&recipe.calibrate))?;
+    let ids = windows::ids(&encoder, &texts);
+    let length = recipe.ctx.unwrap_or(512) as usize;
+    let limit = (recipe.calibrate_tokens.unwrap_or(TOKENS) as usize / length).max(1);
+    let tokens = windows::windows(&encoder, &ids, length, Some(limit)).map_err(|e| Failure::new(super::REFUSED, e))?;
+    let pool = pool(args.threads())?;
+    let threads = pool.current_num_threads();
+    let mut batch = BATCH.min(tokens.len() / length);
+    while batch > 1 && args.max_memory.is_some_and(|l| run::memory(&model, length, batch, threads) > l) {
+        batch -= 1;
+    }
+    let needed = run::memory(&model, length, batch, threads);
+    if let Some(limit) = args.max_memory.filter(|l| needed > *l) {
+        let (limit, needed) = (human(limit), human(needed));
+        return Err(Failure::new(
+            RESOURCE,
+            format!("--max-memory {limit}: GPTQ of this model needs at least {needed}"),
+        ));
+    }
+    let state = state_of(args.out().expect("a conversion has an output"));
+    let spec = &model.spec;
+    let paths = if recipe.one_pass { 1 } else { 2 };
+    let widest = model.feed_forward().max(spec.heads * spec.head_dim);
+    let disk = (tokens.len() * (2 * spec.embed + widest + spec.heads * spec.head_dim) * 4 * paths) as u64;
+    if !args.quiet {
+        let names: Vec<&str> = texts.iter().map(|t| t.name.as_str()).collect();
+        print::stderr(&format!(
+            "rounding with GPTQ on {}: {} tokens in {} windows{}; at most {} of memory, {} on disk meanwhile, {}",
+            names.join(", "),
+            tokens.len(),
+            tokens.len() / length,
+            if recipe.one_pass { ", float inputs" } else { ", targets corrected" },
+            human(needed),
+            human(disk),
+            super::plan::threads(threads),
+        ));
+        if tokens.len() < FEW {
+            print::stderr(&format!(
+                "warning: {} tokens are few: below {FEW} much of the gain is lost; give more text with --calibrate",
+                tokens.len()
+            ));
+        }
+    }
+    let job = Job {
+        model: &model,
+        tokens: &tokens,
+        length,
+        types: types(plan, input),
+        fingerprint: fingerprint::fingerprint(model.source()),
+        text: windows::digest(&tokens),
+        one_pass: recipe.one_pass,
+        batch,
+        state: &state,
+    };
+    let start = Instant::now();
+    let mut steps = Steps::new("layer", spec.layers, args.quiet);
+    let reports = pool.install(|| run::run(&job, &mut steps))?;
+    steps.finish();
+    if !args.quiet {
+        summary(&reports, start.elapsed().as_secs_f64());
+    }
+    Ok(RoundedTensors::open(
+        &state,
+        job.types.iter().map(|(n, t)| (n.clone(), *t)).filter(|(n, _)| on_disk(&state, n)),
+    )?)
+}
+
+/// Whether the run left blocks of a tensor.
+fn on_disk(state: &Path, name: &str) -> bool {
+    crate::rounding::state::blocks_path(state, name).exists()
+}
+
+/// What the rounding brought, in a few lines.
+fn summary(reports: &[Report], seconds: f64) {
+    let mean = |ratios: Vec<f64>| (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len().max(1) as f64).exp();
+    let fitted = mean(reports.iter().filter(|r| r.nearest > 0.0).map(|r| r.error / r.nearest).collect());
+    let held: Vec<f64> = reports.iter().filter_map(|r| r.held_out).map(|(own, nearest)| own / nearest).collect();
+    let held_out = if held.is_empty() {
+        "no windows were held out".to_string()
+    } else {
+        format!("{:.3} of it on windows held out", mean(held))
+    };
+    print::stderr(&format!(
+        "{} tensors in {seconds:.1} s: error {fitted:.3} of nearest rounding's, {held_out} (geometric means)",
+        reports.len()
+    ));
+    for r in reports.iter().filter(|r| !r.accepted) {
+        print::stderr(&format!("warning: `{}`: GPTQ was worse on windows held out; rounded to nearest", r.name));
+    }
+    for (r, note) in reports.iter().filter_map(|r| r.note.as_ref().map(|n| (r, n))) {
+        print::stderr(&format!("warning: `{}`: {note}", r.name));
+    }
+}
+
+impl Watch for Steps {
+    fn layer(&mut self, layers: usize) {
+        self.done(layers);
+    }
+
+    fn resumed(&mut self, layers: usize) {
+        crate::calibration::run::Watch::resumed(self, layers);
+    }
+
+    fn tensor(&mut self, _: &Report) {}
+}
