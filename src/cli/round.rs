@@ -46,11 +46,14 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     let tokens = windows::windows(&encoder, &ids, length, Some(limit)).map_err(|e| Failure::new(super::REFUSED, e))?;
     let pool = pool(args.threads())?;
     let threads = pool.current_num_threads();
+    let kept = run::kept(&model, tokens.len(), recipe.one_pass);
+    let room = args.max_memory.unwrap_or_else(|| available_memory() / 2);
     let mut batch = BATCH.min(tokens.len() / length);
+    let keep = run::memory(&model, length, batch, threads) + kept <= room;
     while batch > 1 && args.max_memory.is_some_and(|l| run::memory(&model, length, batch, threads) > l) {
         batch -= 1;
     }
-    let needed = run::memory(&model, length, batch, threads);
+    let needed = run::memory(&model, length, batch, threads) + if keep { kept } else { 0 };
     if let Some(limit) = args.max_memory.filter(|l| needed > *l) {
         let (limit, needed) = (human(limit), human(needed));
         return Err(Failure::new(
@@ -61,8 +64,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     let state = state_of(args.out().expect("a conversion has an output"));
     let spec = &model.spec;
     let paths = if recipe.one_pass { 1 } else { 2 };
-    let widest = model.feed_forward().max(spec.heads * spec.head_dim);
-    let disk = (tokens.len() * (2 * spec.embed + widest + spec.heads * spec.head_dim) * 4 * paths) as u64;
+    let disk = (tokens.len() * 2 * spec.embed * 4 * paths) as u64 + if keep { 0 } else { kept };
     if !args.quiet {
         let names: Vec<&str> = texts.iter().map(|t| t.name.as_str()).collect();
         print::stderr(&format!(
@@ -91,6 +93,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         text: windows::digest(&tokens),
         one_pass: recipe.one_pass,
         batch,
+        keep,
         state: &state,
     };
     let start = Instant::now();
@@ -104,6 +107,13 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         &state,
         job.types.iter().map(|(n, t)| (n.clone(), *t)).filter(|(n, _)| on_disk(&state, n)),
     )?)
+}
+
+/// Memory that the system could give, in bytes; 0 where it does not say.
+fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).map_or(0, |kb| kb * 1024)
 }
 
 /// Whether the run left blocks of a tensor.

@@ -74,12 +74,10 @@ impl Hidden {
     pub fn write(&mut self, at: usize, values: &[f32]) -> Result<(), ForwardError> {
         match self {
             Hidden::Memory(v) => v[at..at + values.len()].copy_from_slice(values),
-            Hidden::File { file, path } => {
-                values.par_chunks(PIECE).enumerate().try_for_each(|(i, values)| {
-                    file.write_all_at(bytemuck::cast_slice(values), (at + i * PIECE) as u64 * 4)
-                        .map_err(|source| ForwardError::Io { file: path.clone(), source })
-                })?;
-            }
+            // one thread: a file takes one write at a time
+            Hidden::File { file, path } => file
+                .write_all_at(bytemuck::cast_slice(values), at as u64 * 4)
+                .map_err(|source| ForwardError::Io { file: path.clone(), source })?,
         }
         Ok(())
     }

@@ -38,7 +38,15 @@ pub struct Job<'a> {
     pub one_pass: bool,
     /// Windows that go through a layer together.
     pub batch: usize,
+    /// Keep the inputs that the next step needs in memory ([`kept`]), not in files.
+    pub keep: bool,
     pub state: &'a Path,
+}
+
+/// Bytes of the inputs that a step leaves to the next, of `tokens` tokens.
+pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
+    let widest = model.feed_forward().max(model.spec.heads * model.spec.head_dim);
+    (tokens * widest * 4 * if one_pass { 1 } else { 2 }) as u64
 }
 
 /// Is told what is done.
@@ -76,6 +84,15 @@ impl Pair {
     fn new(job: &Job<'_>, what: &str, columns: usize) -> Result<Pair, RoundingError> {
         let rounded = (!job.one_pass).then(|| file(job, &format!("{what}-rounded"), columns)).transpose()?;
         Ok(Pair { float: file(job, what, columns)?, rounded })
+    }
+
+    /// What a step leaves to the next.
+    fn kept(job: &Job<'_>, step: Step, columns: usize) -> Result<Pair, RoundingError> {
+        if !job.keep {
+            return Pair::new(job, step.name(), columns);
+        }
+        let memory = || Hidden::Memory(vec![0.0; job.tokens.len() * columns]);
+        Ok(Pair { float: memory(), rounded: (!job.one_pass).then(memory) })
     }
 
     fn digests(&self, values: usize) -> Result<[String; 2], RoundingError> {
@@ -178,7 +195,7 @@ impl Work<'_> {
         for step in Step::ALL {
             let columns = step.linears(&float).ok_or(RoundingError::Experts)?[0].inputs;
             let mut kept = match step.leads_back() {
-                true => Some(Pair::new(job, step.name(), columns)?),
+                true => Some(Pair::kept(job, step, columns)?),
                 false => None,
             };
             let stream = if step.is_attention() { from } else { &*to };
