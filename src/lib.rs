@@ -26,6 +26,7 @@
 //! Modules know those that come later in this tour, not earlier ones; `docs/architecture.md` has the picture, the few exceptions
 //! and the habits. To add a model or a format, see `docs/adding-an-architecture.md` and `docs/adding-a-format.md`.
 
+pub mod allocation;
 pub mod arch;
 pub mod calibration;
 pub mod check;

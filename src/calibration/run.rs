@@ -107,7 +107,7 @@ struct State {
 }
 
 /// The weights of a layer whose inputs are seen, in the order of the forward pass.
-fn specs(model: &Model<'_>, layer: usize, second: bool) -> Vec<WeightSpec> {
+pub(crate) fn specs(model: &Model<'_>, layer: usize, second: bool) -> Vec<WeightSpec> {
     let prefix = format!("blk.{layer}.");
     let mut specs: Vec<WeightSpec> = Vec::new();
     // the first of each group that is there owns the sums
@@ -135,7 +135,7 @@ fn specs(model: &Model<'_>, layer: usize, second: bool) -> Vec<WeightSpec> {
 }
 
 /// Fills a collector.
-struct Collect(Collector);
+pub(crate) struct Collect(pub(crate) Collector);
 
 impl Observer for Collect {
     fn input(&mut self, names: &[&str], expert: Option<(usize, usize)>, x: &[f32]) -> Result<(), ForwardError> {

@@ -48,6 +48,19 @@ pub struct ConvertArgs {
     /// Leave output.weight as it is.
     #[arg(long, help_heading = "Types")]
     leave_output_tensor: bool,
+    /// Allocate types so that the file has at most this size, for instance 4.5GiB: which tensor gets which type is chosen for
+    /// the least predicted KL divergence. Needs --calibrate.
+    #[arg(long, value_name = "SIZE", help_heading = "Types", value_parser = parse_size, conflicts_with_all = ["target_bpw", "like"])]
+    target_size: Option<u64>,
+    /// The same for this many bits per weight.
+    #[arg(long, value_name = "BITS", help_heading = "Types", conflicts_with = "like")]
+    target_bpw: Option<f64>,
+    /// The same for the size of this type's mix.
+    #[arg(long, value_name = "TYPE", help_heading = "Types")]
+    like: Option<String>,
+    /// Types that the allocation may use [default: the k-quants, iq4_xs, iq4_nl, q4_0 q4_1 q5_0 q5_1 q8_0].
+    #[arg(long, value_name = "TYPE,...", value_delimiter = ',', help_heading = "Types")]
+    types: Vec<String>,
     /// One type for all tensors, no mix.
     #[arg(long, help_heading = "Types")]
     pure: bool,
@@ -231,6 +244,10 @@ impl ConvertArgs {
             ctx: self.ctx,
             rounding: self.rounding.clone(),
             one_pass: self.one_pass,
+            target_size: self.target_size,
+            target_bpw: self.target_bpw,
+            like: self.like.clone(),
+            types: self.types.clone(),
             include_weights: self.include_weights.clone(),
             exclude_weights: self.exclude_weights.clone(),
             override_kv: self.override_kv.clone(),

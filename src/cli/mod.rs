@@ -3,6 +3,7 @@
 //! Results go to stdout, all else to stderr. Exit codes: 0 done, 2 wrong usage, 3 input refused, 4 resource (disk,
 //! memory, permission), 5 interrupted, 70 a defect of this program.
 
+mod allocate;
 mod args;
 mod bar;
 mod calibrate;

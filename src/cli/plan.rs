@@ -7,7 +7,7 @@ use super::{Failure, RESOURCE, print};
 use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
 use crate::plan::memory::{self, Memory, human};
-use crate::plan::{Input, Options, Plan, Rounding};
+use crate::plan::{Budget, Input, Options, Plan, Rounding, Target};
 
 /// Everything that is known before work starts.
 pub struct Prepared {
@@ -35,7 +35,28 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
         i.filter(&r.include_weights, &r.exclude_weights);
     }
     let keys = provenance::keys(&input, r, imatrix.as_ref());
-    let plan = Plan::new(&input, &options, imatrix.as_ref(), keys)?;
+    let mut plan = Plan::new(&input, &options, imatrix.as_ref(), keys.clone())?;
+    if let Some(budget) = options.budget {
+        let mix = match budget {
+            Budget::Like(f) => {
+                let options = Options { target: Target::Quantize(f), ..options.clone() };
+                Some(Plan::new(&input, &options, imatrix.as_ref(), keys)?)
+            }
+            _ => None,
+        };
+        if let Some(mix) = &mix {
+            plan.retype(&mix.tensors.iter().map(|t| (t.name.clone(), t.ty)).collect())
+                .map_err(|e| Failure::new(super::REFUSED, e))?;
+        }
+        let state = match args.out() {
+            Some(out) => super::calibrate::state_of(out),
+            None => std::env::temp_dir().join(format!("ostq-plan-{}", std::process::id())),
+        };
+        super::allocate::apply(args, &options, &input, &mut plan, budget, mix.as_ref(), &state)?;
+        if args.out().is_none() {
+            crate::rounding::state::forget(&state);
+        }
+    }
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     Ok(Prepared { input, options, plan, imatrix, memory })

@@ -24,6 +24,14 @@ const FEW: usize = 128 * 1024;
 /// Most windows that go through a layer together.
 const BATCH: usize = 16;
 
+/// Windows of the backward pass that weighs the errors of the embedding.
+const BACKWARD: usize = 32;
+
+/// Whether the embedding is rounded so coarsely that it pays to know what its errors do.
+fn coarse_embedding(plan: &Plan) -> bool {
+    plan.tensors.iter().any(|t| t.name == "token_embd.weight" && (t.bytes as f64) < 0.75 * t.elements() as f64)
+}
+
 /// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.
 fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
     let wanted = |t: &&crate::plan::PlannedTensor| {
@@ -93,6 +101,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         text: windows::digest(&tokens),
         one_pass: recipe.one_pass,
         batch,
+        backward: coarse_embedding(plan) as usize * BACKWARD,
         keep,
         state: &state,
     };

@@ -10,12 +10,12 @@ pub mod mix;
 pub mod options;
 pub mod recipe;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 pub use ftype::FileType;
 pub use input::Input;
-pub use options::{Options, OutType, Rounding, Target, Via};
+pub use options::{Budget, Options, OutType, Rounding, Target, Via};
 pub use recipe::{BUILT_IN, Recipe};
 
 use crate::calibration::imatrix::Imatrix;
@@ -164,6 +164,20 @@ impl Plan {
             type_name: type_name(input, options),
             big_endian: options.recipe.bigendian,
         })
+    }
+
+    /// Gives tensors other types and lays the file out anew.
+    pub fn retype(&mut self, types: &BTreeMap<String, GgmlType>) -> Result<(), GgufError> {
+        for t in &mut self.tensors {
+            if let Some(&ty) = types.get(&t.name) {
+                (t.ty, t.fallback_from) = (ty, None);
+            }
+        }
+        self.layout = lay_out(&self.metadata, &self.tensors, self.big_endian)?;
+        for (t, (offset, bytes)) in self.tensors.iter_mut().zip(&self.layout.tensors) {
+            (t.offset, t.bytes) = (*offset, *bytes);
+        }
+        Ok(())
     }
 
     /// Lays the header out anew after a key got another value.

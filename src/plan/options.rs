@@ -56,6 +56,16 @@ impl OutType {
     }
 }
 
+/// The size of the file that types are allocated for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    Bytes(u64),
+    /// Bits per weight, of the tensors.
+    Bits(f64),
+    /// As large as this mix.
+    Like(FileType),
+}
+
 /// How weights become codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Rounding {
@@ -91,6 +101,10 @@ pub struct Options {
     pub target: Target,
     pub via: Via,
     pub rounding: Rounding,
+    /// The size that types are allocated for.
+    pub budget: Option<Budget>,
+    /// Types that an allocation may use; empty: the default.
+    pub types: Vec<GgmlType>,
     pub output_tensor_type: Option<GgmlType>,
     pub token_embedding_type: Option<GgmlType>,
     pub tensor_types: Vec<TensorTypeRule>,
@@ -135,6 +149,24 @@ impl Options {
             Some("gptq") => Rounding::Gptq,
             Some(other) => return Err(format!("--rounding: `{other}` is not nearest, gptq or auto")),
         };
+        let budget = match (r.target_size, r.target_bpw, &r.like) {
+            (Some(bytes), None, None) => Some(Budget::Bytes(bytes)),
+            (None, Some(bits), None) if bits.is_finite() && bits > 0.0 => Some(Budget::Bits(bits)),
+            (None, Some(bits), None) => return Err(format!("--target-bpw: {bits} is no number of bits")),
+            (None, None, Some(name)) => match parse_type("--like", name)? {
+                Target::Quantize(f) => Some(Budget::Like(f)),
+                _ => return Err(format!("--like: `{name}` is no mix")),
+            },
+            (None, None, None) => None,
+            _ => return Err("--target-size, --target-bpw and --like exclude each other".into()),
+        };
+        if budget.is_some() && (r.exact || r.calibrate.is_empty()) {
+            return Err(match r.exact {
+                true => "--exact keeps llama.cpp's mix: it does not go with a target size".into(),
+                false => format!("a target size needs --calibrate TEXT (or --calibrate {})", super::BUILT_IN),
+            });
+        }
+        let types = r.types.iter().map(|t| tensor_type("--types", t)).collect::<Result<Vec<_>, _>>()?;
         if !r.include_weights.is_empty() && !r.exclude_weights.is_empty() {
             return Err("--include-weights and --exclude-weights exclude each other".into());
         }
@@ -154,6 +186,8 @@ impl Options {
             target,
             via,
             rounding,
+            budget,
+            types,
             output_tensor_type: one("--output-tensor-type", &r.output_tensor_type)?,
             token_embedding_type: one("--token-embedding-type", &r.token_embedding_type)?,
             tensor_types,

@@ -48,6 +48,18 @@ pub struct Recipe {
     /// `nearest`, `gptq` or `auto`: how weights become codes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rounding: Option<String>,
+    /// Bytes of the file that types are allocated for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_size: Option<u64>,
+    /// The same, in bits per weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_bpw: Option<f64>,
+    /// The same: the size of this mix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub like: Option<String>,
+    /// Types that an allocation may use; empty: a default set.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub types: Vec<String>,
     /// Hessians of the float model only.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub one_pass: bool,
@@ -120,6 +132,9 @@ impl Recipe {
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
         take!(calibrate_tokens ctx rounding);
+        if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() {
+            (self.target_size, self.target_bpw, self.like) = (over.target_size, over.target_bpw, over.like);
+        }
         // an importance matrix comes from one place
         if !over.calibrate.is_empty() {
             self.imatrix = None;
@@ -128,7 +143,7 @@ impl Recipe {
         }
         or!(exact one_pass leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
-        extend!(tensor_type calibrate include_weights exclude_weights override_kv prune_layers);
+        extend!(tensor_type types calibrate include_weights exclude_weights override_kv prune_layers);
         self
     }
 

@@ -14,6 +14,7 @@ use super::factor::Factor;
 use super::site::{Site, is_held_out};
 use super::state::{self, Key, Report, State};
 use super::{RoundingError, matrix};
+use crate::forward::backward;
 use crate::forward::gemm::product;
 use crate::forward::layer::{FeedForward, Layer, Linear, Pass, Scratch, gated};
 use crate::forward::run::Head;
@@ -38,6 +39,8 @@ pub struct Job<'a> {
     pub one_pass: bool,
     /// Windows that go through a layer together.
     pub batch: usize,
+    /// Windows of the backward pass that weighs the errors of the embedding; 0: all columns weigh alike.
+    pub backward: usize,
     /// Keep the inputs that the next step needs in memory ([`kept`]), not in files.
     pub keep: bool,
     pub state: &'a Path,
@@ -158,7 +161,7 @@ impl Work<'_> {
         let mut table = vec![0f32; vocab * n];
         job.model.embedding_rows(0, vocab, &mut table)?;
         if let Some(&ty) = job.types.get(name) {
-            let f = Factor::new(identity(n), n, 0.0, crate::linalg::all_threads())?;
+            let f = self.embedding_factor()?;
             let r = matrix::round(ty, &table, &table, &f)?;
             state::write_blocks(job.state, name, &r.bytes)?;
             self.reports.push(Report {
@@ -185,6 +188,28 @@ impl Work<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The Hessian of a row of the embedding: E[g gᵀ] of the gradients there, from the model's own predictions.
+    fn embedding_factor(&self) -> Result<Factor, RoundingError> {
+        let (job, n) = (self.job, self.job.model.spec.embed);
+        let par = crate::linalg::all_threads();
+        if job.backward == 0 {
+            return Factor::new(identity(n), n, 0.0, par);
+        }
+        let text = &job.tokens[..job.tokens.len().min(job.backward * job.length)];
+        let windows = backward::Windows { length: job.length, batch: job.batch.min(8), first: 1 };
+        let labels = backward::Labels::Sampled(1);
+        let f = backward::fisher_of(job.model, text, windows, labels, Some(job.state), &mut |_| {})?;
+        let mut h = vec![0.0; n * n];
+        for i in 0..n {
+            for j in 0..=i {
+                let v = f.embedding[i * (i + 1) / 2 + j];
+                (h[i * n + j], h[j * n + i]) = (v, v);
+            }
+        }
+        // few tokens for many columns, and gradients of a sampled label: damp well
+        Factor::new(h, n, 10.0 * DAMPING, par)
     }
 
     /// One layer: `from` is the stream before it, `to` the one behind it.

@@ -33,8 +33,10 @@ impl Site {
         Ok(Site { n, moments, cross, float: Vec::new(), rounded: Vec::new() })
     }
 
-    /// Adds one window of `x` and, on two paths, `x̂`.
+    /// Adds one window of `x` and, on two paths, `x̂`; without its first token, which has no context (it is BOS, whose
+    /// activations are like no others).
     pub fn add(&mut self, x: &[f32], rounded: Option<&[f32]>, held_out: bool) -> Result<(), MomentsError> {
+        let (x, rounded) = (&x[self.n..], rounded.map(|r| &r[self.n..]));
         let tokens = x.len() / self.n;
         match (rounded, &mut self.cross) {
             _ if held_out => {

@@ -121,7 +121,7 @@ pub fn forget(folder: &Path) {
         let name = name.to_string_lossy();
         if name.ends_with(".blocks")
             || (name.ends_with(".f32") && name.starts_with("rounding-"))
-            || matches!(&*name, "rounding.json" | "rounding.json.new")
+            || matches!(&*name, "rounding.json" | "rounding.json.new" | "allocation.json")
         {
             let _ = std::fs::remove_file(entry.path());
         }

@@ -1,0 +1,218 @@
+//! `--target-size`, `--target-bpw`, `--like`: types for a size, on the way to a conversion.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::args::ConvertArgs;
+use super::calibrate::{files, pool};
+use super::steps::Steps;
+use super::{Failure, REFUSED, USAGE, print};
+use crate::allocation::{AllocationError, TensorCosts, costs, knapsack};
+use crate::calibration::{fingerprint, windows};
+use crate::forward::Model;
+use crate::gguf::GgmlType;
+use crate::plan::{Budget, Input, Options, Plan};
+use crate::tokenizer::encode::TextEncoder;
+
+/// Windows of the second moments, and of the backward pass.
+const WINDOWS: usize = 64;
+const BACKWARD: usize = 32;
+/// Windows that go through a layer together.
+const BATCH: usize = 8;
+/// Sizes of the frontier that is shown, as parts of the target.
+const FRONTIER: [f64; 8] = [0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6];
+
+/// Types that runtimes run fast, where `--types` says nothing.
+const DEFAULT: &[GgmlType] =
+    &[GgmlType::Q2_K, GgmlType::Q3_K, GgmlType::IQ4_XS, GgmlType::Q4_K, GgmlType::Q5_K, GgmlType::Q6_K, GgmlType::Q8_0];
+/// For rows that are no whole super-blocks.
+const SMALL: &[GgmlType] = &[GgmlType::IQ4_NL, GgmlType::Q4_1, GgmlType::Q5_0, GgmlType::Q5_1, GgmlType::Q8_0];
+
+/// What was predicted, kept for a second run with the same text.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    version: String,
+    fingerprint: String,
+    text: String,
+    candidates: Vec<(String, Vec<String>)>,
+    costs: Vec<TensorCosts>,
+}
+
+/// Types of tensors that an allocation chooses among.
+fn candidates(plan: &Plan, input: &Input, options: &Options) -> Vec<(String, Vec<GgmlType>)> {
+    let wanted = |t: &&crate::plan::PlannedTensor| {
+        t.ty.is_quantized() && t.ty != input.source.tensors()[t.source].stored && t.dims.len() == 2
+    };
+    let types = |row: u64| -> Vec<GgmlType> {
+        let all = match (options.types.is_empty(), row.is_multiple_of(256)) {
+            (false, _) => &options.types,
+            (true, true) => DEFAULT,
+            (true, false) => SMALL,
+        };
+        all.iter().copied().filter(|t| row.is_multiple_of(t.block_len() as u64)).collect()
+    };
+    plan.tensors
+        .iter()
+        .filter(wanted)
+        .map(|t| (t.name.clone(), types(t.row_len())))
+        .filter(|(_, t)| !t.is_empty())
+        .collect()
+}
+
+/// Gives the tensors of `plan` the types that cost least under the budget. `mix`: the plan of a mix, for its size.
+pub fn apply(
+    args: &ConvertArgs,
+    options: &Options,
+    input: &Input,
+    plan: &mut Plan,
+    budget: Budget,
+    mix: Option<&Plan>,
+    state: &Path,
+) -> Result<(), Failure> {
+    let target = match (budget, mix) {
+        (Budget::Bytes(bytes), _) => bytes,
+        (Budget::Bits(bits), _) => {
+            let data: u64 = plan.tensors.iter().map(|t| t.bytes).sum();
+            plan.layout.file_size - data + (plan.elements() as f64 * bits / 8.0) as u64
+        }
+        (Budget::Like(_), Some(mix)) => mix.layout.file_size,
+        (Budget::Like(_), None) => plan.layout.file_size,
+    };
+    let costs = predicted(args, options, input, plan, state)?;
+    let options_of = |c: &TensorCosts| -> Vec<knapsack::Candidate> {
+        c.choices.iter().map(|c| knapsack::Candidate { bytes: c.bytes, cost: c.cost }).collect()
+    };
+    let tensors: Vec<Vec<knapsack::Candidate>> = costs.iter().map(options_of).collect();
+    let free: u64 = plan.tensors.iter().filter(|t| costs.iter().any(|c| c.name == t.name)).map(|t| t.bytes).sum();
+    // header, tensors that keep their type, and the padding of each tensor
+    let rest = plan.layout.file_size - free + 32 * costs.len() as u64;
+    let cap = target.saturating_sub(rest);
+    let Some(picks) = knapsack::solve(&tensors, cap) else {
+        let least: u64 = tensors.iter().map(|t| t.iter().map(|o| o.bytes).min().unwrap_or(0)).sum();
+        return Err(Failure::new(USAGE, AllocationError::TooSmall { least: least + rest, target }));
+    };
+    let types: BTreeMap<String, GgmlType> = costs
+        .iter()
+        .zip(&picks)
+        .filter_map(|(c, &p)| Some((c.name.clone(), GgmlType::from_name(&c.choices[p].ty)?)))
+        .collect();
+    if !args.quiet {
+        explain(&costs, &tensors, (target, rest), plan, &types);
+    }
+    plan.retype(&types).map_err(|e| Failure::new(REFUSED, e))?;
+    Ok(())
+}
+
+/// The costs, from the state folder if they are there.
+fn predicted(
+    args: &ConvertArgs,
+    options: &Options,
+    input: &Input,
+    plan: &Plan,
+    state: &Path,
+) -> Result<Vec<TensorCosts>, Failure> {
+    let path = args.input.as_deref().expect("required by the parser");
+    let recipe = &options.recipe;
+    let model = Model::new(path, &*input.source, &input.metadata)?;
+    let encoder = TextEncoder::from_metadata(&input.metadata)
+        .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
+    let texts = windows::load(&files(&recipe.calibrate))?;
+    let ids = windows::ids(&encoder, &texts);
+    let length = recipe.ctx.unwrap_or(512) as usize;
+    let tokens = windows::windows(&encoder, &ids, length, Some(WINDOWS)).map_err(|e| Failure::new(REFUSED, e))?;
+    let candidates = candidates(plan, input, options);
+    let mut kept = Kept {
+        version: env!("CARGO_PKG_VERSION").into(),
+        fingerprint: fingerprint::fingerprint(model.source()),
+        text: windows::digest(&tokens),
+        candidates: candidates
+            .iter()
+            .map(|(n, t)| (n.clone(), t.iter().map(|t| t.name().to_string()).collect()))
+            .collect(),
+        costs: Vec::new(),
+    };
+    let file = state.join("allocation.json");
+    let found: Option<Kept> = std::fs::read(&file).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    if let Some(found) = found
+        && (&found.version, &found.fingerprint, &found.text, &found.candidates)
+            == (&kept.version, &kept.fingerprint, &kept.text, &kept.candidates)
+    {
+        return Ok(found.costs);
+    }
+    if !args.quiet {
+        print::stderr(&format!(
+            "allocation: predicting costs from {} tokens, {} of them backward",
+            tokens.len(),
+            BACKWARD.min(tokens.len() / length) * length
+        ));
+    }
+    let job =
+        costs::Job { model: &model, tokens: &tokens, length, batch: BATCH, backward: BACKWARD, candidates, state };
+    let mut steps: Option<Steps> = None;
+    let pool = pool(args.threads())?;
+    let quiet = args.quiet;
+    kept.costs = pool
+        .install(|| {
+            costs::run(&job, &mut |done, all| steps.get_or_insert_with(|| Steps::new("step", all, quiet)).done(done))
+        })
+        .map_err(|e| match e {
+            AllocationError::Forward(e) => e.into(),
+            e => Failure::new(REFUSED, e),
+        })?;
+    if let Some(s) = steps {
+        s.finish();
+    }
+    let text = serde_json::to_vec(&kept).expect("plain data");
+    std::fs::write(&file, text).map_err(|e| Failure::new(super::RESOURCE, format!("{}: {e}", file.display())))?;
+    Ok(kept.costs)
+}
+
+/// The frontier, and what moved against the mix.
+fn explain(
+    costs: &[TensorCosts],
+    tensors: &[Vec<knapsack::Candidate>],
+    (target, rest): (u64, u64),
+    mix: &Plan,
+    types: &BTreeMap<String, GgmlType>,
+) {
+    let sum = |picks: &[usize]| -> (u64, f64) {
+        tensors.iter().zip(picks).fold((rest, 0.0), |s, (t, &p)| (s.0 + t[p].bytes, s.1 + t[p].cost))
+    };
+    let of_mix: f64 = costs
+        .iter()
+        .filter_map(|c| {
+            let ty = mix.tensors.iter().find(|t| t.name == c.name)?.ty;
+            c.choices.iter().find(|o| o.ty == ty.name()).map(|o| o.cost)
+        })
+        .sum();
+    let mut rows = vec![["size", "bits per weight", "predicted KLD of nearest rounding"].map(String::from).to_vec()];
+    for part in FRONTIER {
+        let cap = ((target as f64 * part) as u64).saturating_sub(rest);
+        if let Some(p) = knapsack::solve(tensors, cap) {
+            let (bytes, cost) = sum(&p);
+            let bits = bytes as f64 * 8.0 / mix.elements() as f64;
+            let here = if part == 1.0 { format!("{cost:.5}  <- target") } else { format!("{cost:.5}") };
+            rows.push(vec![crate::plan::memory::human(bytes), format!("{bits:.3}"), here]);
+        }
+    }
+    print::stderr(print::table(&rows, &[true, true, false]).trim_end());
+    print::stderr(&format!(
+        "the mix of {}: {}, predicted {of_mix:.5}",
+        mix.type_name,
+        crate::plan::memory::human(mix.layout.file_size)
+    ));
+    let mut moves: BTreeMap<(String, String, String), usize> = BTreeMap::new();
+    for t in &mix.tensors {
+        if let Some(ty) = types.get(&t.name).filter(|ty| **ty != t.ty) {
+            let kind = t.name.rsplit_once("blk.").map_or(&*t.name, |(_, n)| n.split_once('.').map_or(n, |(_, k)| k));
+            *moves.entry((kind.to_string(), t.ty.name().to_string(), ty.name().to_string())).or_default() += 1;
+        }
+    }
+    let moved: Vec<String> = moves.iter().map(|((k, a, b), n)| format!("{k} {a} -> {b} ({n})")).collect();
+    print::stderr(&format!(
+        "moved against the mix: {}",
+        if moved.is_empty() { "nothing".into() } else { moved.join(", ") }
+    ));
+}
