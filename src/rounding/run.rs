@@ -362,7 +362,7 @@ impl Work<'_> {
                 all.push(l.weight.clone());
                 continue;
             };
-            let target = correction.as_ref().map(|c| c.of(&l.weight));
+            let target = correction.as_ref().map(|c| c.of(&l.weight, site));
             let target = target.as_deref().unwrap_or(&l.weight);
             let mut r = matrix::round(ty, &l.weight, target, &factor)?;
             let held_out = held_out(site, l, &r.values, ty, &factor)?;

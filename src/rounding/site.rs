@@ -2,11 +2,15 @@
 
 use super::{RoundingError, factor, target};
 use crate::calibration::moments::{Moments, MomentsError};
+use crate::linalg::product;
 
 /// One window of this many is held out.
 const HELD_OUT_EVERY: usize = 16;
 /// Most tokens that are held out.
 const HELD_OUT_MOST: usize = 8192;
+
+/// Tokens of them that the damping is chosen on.
+const CHOICE_MOST: usize = 4096;
 
 /// Whether window `w` of `windows` is held out of the sums.
 pub fn is_held_out(w: usize, windows: usize, length: usize) -> bool {
@@ -68,7 +72,9 @@ impl Site {
             None => None,
             Some(mut c) => {
                 c.iter_mut().for_each(|v| *v /= count);
-                Some(Correction { l: target::factor(&h, self.n, target::DAMPING, par)?, c, n: self.n })
+                let dampings = if self.float.is_empty() { &target::DAMPINGS[1..2] } else { &target::DAMPINGS[..] };
+                let factors = dampings.iter().map(|d| target::factor(&h, self.n, *d, par)).collect::<Result<_, _>>()?;
+                Some(Correction { factors, c, n: self.n })
             }
         };
         Ok((h, correction))
@@ -78,13 +84,33 @@ impl Site {
 /// Corrects the targets of a site's weights ([`target`]).
 pub struct Correction {
     c: Vec<f32>,
-    l: Vec<f64>,
+    /// One for each damping that is tried.
+    factors: Vec<Vec<f64>>,
     n: usize,
 }
 
 impl Correction {
-    /// The target of `w` \[m, n\].
-    pub fn of(&self, w: &[f32]) -> Vec<f32> {
-        target::corrected(w, &self.c, &self.l, self.n, crate::linalg::all_threads())
+    /// The target of `w` \[m, n\]: of those that are tried, the one whose outputs from the rounded inputs are nearest to the
+    /// float ones on the held-out windows.
+    pub fn of(&self, w: &[f32], site: &Site) -> Vec<f32> {
+        let par = crate::linalg::all_threads();
+        let targets = self.factors.iter().map(|l| target::corrected(w, &self.c, l, self.n, par));
+        if self.factors.len() == 1 {
+            return targets.last().expect("one");
+        }
+        let rows = (site.float.len() / self.n).min(CHOICE_MOST);
+        let outputs = w.len() / self.n;
+        let (float, rounded) = (&site.float[..rows * self.n], &site.rounded[..rows * self.n]);
+        let (mut want, mut got) = (vec![0f32; rows * outputs], vec![0f32; rows * outputs]);
+        product(float, w, self.n, &mut want);
+        let mut best: Option<(f64, Vec<f32>)> = None;
+        for target in targets {
+            product(rounded, &target, self.n, &mut got);
+            let error: f64 = want.iter().zip(&got).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+            if best.as_ref().is_none_or(|b| error < b.0) {
+                best = Some((error, target));
+            }
+        }
+        best.expect("some were tried").1
     }
 }

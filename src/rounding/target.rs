@@ -2,7 +2,8 @@
 //!
 //! With `x` the input in the float model and `x̂` in the rounded one, `‖W x − Ŵ x̂‖²` over the tokens is least where `Ŵ`
 //! is nearest, in the norm of `Ĥ = E[x̂ x̂ᵀ]`, to `W + W E[(x − x̂) x̂ᵀ] Ĥ⁻¹` (the idea of GPTAQ, Li et al. 2025: asymmetric
-//! calibration). The inverse is damped strongly: the correction must not chase the noise of the calibration text.
+//! calibration). The inverse is damped strongly: the correction must not chase the noise of the calibration text. How strongly,
+//! windows decide that the sums did not see.
 
 use rayon::prelude::*;
 
@@ -13,8 +14,8 @@ use crate::linalg::{self, Par, View, ViewMut, times};
 /// Rows of a task.
 const ROWS: usize = 64;
 
-/// Damping of the inverse, as a part of the mean of the diagonal.
-pub const DAMPING: f64 = 0.5;
+/// Dampings of the inverse that are tried, as parts of the mean of the diagonal. The second is taken without held-out windows.
+pub const DAMPINGS: [f64; 3] = [0.1, 0.5, 2.0];
 
 /// The Cholesky factor of `Ĥ` \[n, n\] damped by `damping`.
 pub fn factor(h: &[f64], n: usize, damping: f64, par: Par) -> Result<Vec<f64>, RoundingError> {
