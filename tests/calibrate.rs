@@ -244,7 +244,7 @@ fn what_cannot_be_calibrated_is_refused() {
     }
 }
 
-/// `--calibrate` of a conversion is the same as `calibrate` and `--imatrix`, and goes into the recipe.
+/// `--calibrate` of a conversion that rounds to nearest is the same as `calibrate` and `--imatrix`, and goes into the recipe.
 #[test]
 fn a_conversion_can_calibrate_first() {
     let dir = tempfile::tempdir().unwrap();
@@ -259,7 +259,10 @@ fn a_conversion_can_calibrate_first() {
         run_ok(c.arg(fixture()).arg(file(out)).args(["--type", "q4_k_m", "-q"]).args(extra))
     };
     convert("two.gguf", &["--imatrix", file("i.gguf").to_str().unwrap()]);
-    let recipe = convert("one.gguf", &["--calibrate", text.to_str().unwrap(), "--ctx", "64", "--print-recipe"]);
+    let recipe = convert(
+        "one.gguf",
+        &["--calibrate", text.to_str().unwrap(), "--ctx", "64", "--rounding", "nearest", "--print-recipe"],
+    );
     assert!(!file("one.gguf.ostq-state").exists());
     let tensors = |name: &str| {
         let list = run_ok(program().arg("inspect").arg(file(name)).args(["--sha256", "--json"]));

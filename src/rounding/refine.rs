@@ -239,7 +239,7 @@ impl Row<'_> {
         }
         let slope: f32 = along.iter().zip(&self.gradient[b0..]).map(|(a, g)| a * g).sum();
         let curve: f32 = along.iter().zip(&moved[b0..]).map(|(a, m)| a * m).sum();
-        if !(curve > 0.0) {
+        if curve.is_nan() || curve <= 0.0 {
             return;
         }
         let place = if offsets { &mut head.m } else { &mut head.d };

@@ -94,9 +94,9 @@ impl Correction {
     /// float ones on the held-out windows.
     pub fn of(&self, w: &[f32], site: &Site) -> Vec<f32> {
         let par = crate::linalg::all_threads();
-        let targets = self.factors.iter().map(|l| target::corrected(w, &self.c, l, self.n, par));
+        let mut targets = self.factors.iter().map(|l| target::corrected(w, &self.c, l, self.n, par));
         if self.factors.len() == 1 {
-            return targets.last().expect("one");
+            return targets.next().expect("one");
         }
         let rows = (site.float.len() / self.n).min(CHOICE_MOST);
         let outputs = w.len() / self.n;
