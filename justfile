@@ -44,7 +44,7 @@ models *FLAGS:
 
 # Our files in real llama.cpp: same bytes, same text, split and merged, same token ids
 interop:
-    OSTQ_REQUIRE_PEERS=1 OSTQ_SHARED={{ shared }} cargo test --release --test interop --test tokenizer_interop --test calibrate --test check --test check_peers --test forward --test token_ids -- --nocapture
+    OSTQ_REQUIRE_PEERS=1 OSTQ_SHARED={{ shared }} cargo test --release --test interop --test tokenizer_interop --test calibrate --test gradients --test check --test check_peers --test forward --test token_ids -- --nocapture
 
 # Compare with llama.cpp side by side: time and memory; e.g. `just bench-convert models/bench-1.1b /dev/shm /var/tmp`
 bench-convert *ARGS:
@@ -55,6 +55,11 @@ bench-convert *ARGS:
 bench-check MODEL *ARGS:
     cargo build --release
     benches/check.sh {{ ARGS }} {{ MODEL }} {{ shared }}/text/calibration.txt {{ shared }}/text/evaluation.txt
+
+# KL divergence of our files and of llama-quantize's with an importance matrix; e.g. `just quality models/smollm2-135m q4_k_m`
+quality MODEL *TYPES:
+    cargo build --release
+    benches/quality.sh {{ MODEL }} {{ shared }}/text/calibration.txt {{ shared }}/text/evaluation.txt {{ TYPES }}
 
 # Rate of the forward pass next to that of one large product
 bench-forward *ARGS:

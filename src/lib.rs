@@ -20,6 +20,9 @@
 //! [`formats`] and written at their planned places by as many threads as there are. The output has another name until it is
 //! complete, synced and read back ([`output`]).
 //!
+//! With a calibration text the codes are not the nearest ones: [`rounding`] fits them to the output of each layer and leaves
+//! blocks for [`convert`] to copy, and where a size is asked for, [`allocation`] chooses the types.
+//!
 //! In [`formats`] each block format has a scalar definition that does what ggml's reference does, operation by
 //! operation. Its folder `simd` holds the same arithmetic for several blocks at once; it may be faster, never different.
 //!

@@ -42,8 +42,14 @@ struct Kept {
 
 /// Types of tensors that an allocation chooses among.
 fn candidates(plan: &Plan, input: &Input, options: &Options) -> Vec<(String, Vec<GgmlType>)> {
+    // what the user gave a type keeps it
+    let given = |name: &str| {
+        (name == "output.weight" && options.output_tensor_type.is_some())
+            || (name == "token_embd.weight" && options.token_embedding_type.is_some())
+            || options.tensor_types.iter().any(|rule| rule.matches(name))
+    };
     let wanted = |t: &&crate::plan::PlannedTensor| {
-        t.ty.is_quantized() && t.ty != input.source.tensors()[t.source].stored && t.dims.len() == 2
+        !given(&t.name) && t.ty.is_quantized() && t.ty != input.source.tensors()[t.source].stored && t.dims.len() == 2
     };
     let types = |row: u64| -> Vec<GgmlType> {
         let all = match (options.types.is_empty(), row.is_multiple_of(256)) {

@@ -21,9 +21,14 @@ pub struct Prepared {
 /// Opens the input and makes the plan. `calibrate`: run the calibration that the recipe asks for; a plan alone only
 /// supposes its result.
 pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure> {
-    let options = args.options()?;
+    let mut options = args.options()?;
     let path = args.input.as_deref().expect("required by the parser");
-    let input = Input::open(path, &options)?;
+    let mut input = Input::open(path, &options)?;
+    let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
+    if mixture && options.rounding == Rounding::Gptq && options.recipe.rounding.is_none() {
+        input.warnings.push("GPTQ cannot round mixtures of experts yet: rounding to nearest, with importance".into());
+        options.rounding = Rounding::Nearest;
+    }
     let r = &options.recipe;
     let mut imatrix = match &r.imatrix {
         Some(path) => Some(Imatrix::load(path)?),
