@@ -129,7 +129,7 @@ fn without_correlation_every_code_is_the_nearest() {
         let (_, plain) = nearest(g.ty, &w, &f).unwrap();
         assert!(r.error <= error(&f, &plain, &w) * (1.0 + 1e-6), "{}", g.ty);
         // no other code of its sub-block is nearer, but in rows that are ggml's: it codes before it rounds the scale to f16
-        assert!(r.rows_nearest <= 2, "{}: {} rows", g.ty, r.rows_nearest);
+        assert!(r.rows_nearest <= 5, "{}: {} rows of 20", g.ty, r.rows_nearest);
         for (i, (v, w)) in r.values.iter().zip(&w).enumerate() {
             if r.values[i / n * n..][..n] == plain[i / n * n..][..n] {
                 continue;
