@@ -148,6 +148,9 @@ fn affine<L: Levels>(l: L, x: &[f32], w: &[f32], below: bool) -> (f32, f32) {
     let (sw, sx) = moments(x, w);
     let top = l.ends().1;
     let shrinks: &[f32] = match top as i32 {
+        // two free f16s and one sub-block: here a finer grid finds more
+        4..16 if !below => &[-0.03, -0.015, 0.0, 0.015, 0.03, 0.045, 0.06, 0.08, 0.1],
+        16.. if !below => &[-0.015, -0.0075, 0.0, 0.0075, 0.015, 0.0225, 0.03, 0.04, 0.05],
         ..4 => &[-0.04, 0.0, 0.06, 0.12, 0.18, 0.26],
         4..16 => &[-0.02, 0.0, 0.03, 0.06, 0.1],
         _ => &[-0.01, 0.0, 0.015, 0.03, 0.05],

@@ -128,8 +128,9 @@ fn without_correlation_every_code_is_the_nearest() {
         let r = round(g.ty, &w, &w, &f).unwrap();
         let (_, plain) = nearest(g.ty, &w, &f).unwrap();
         assert!(r.error <= error(&f, &plain, &w) * (1.0 + 1e-6), "{}", g.ty);
-        // no other code of its sub-block is nearer, but in rows that are ggml's: it codes before it rounds the scale to f16
-        assert!(r.rows_nearest <= 5, "{}: {} rows of 20", g.ty, r.rows_nearest);
+        // no other code of its sub-block is nearer, but in rows that are ggml's (it codes before it rounds the scale to f16):
+        // those must not be most of them, or this would say nothing
+        assert!(r.rows_nearest <= 10, "{}: {} rows of 20", g.ty, r.rows_nearest);
         for (i, (v, w)) in r.values.iter().zip(&w).enumerate() {
             if r.values[i / n * n..][..n] == plain[i / n * n..][..n] {
                 continue;
