@@ -192,13 +192,7 @@ fn embedding(job: &Job<'_>, fisher: &Fisher) -> Result<TensorCosts, AllocationEr
     job.tokens.iter().for_each(|&t| counts[t as usize] += 1);
     let mut table = vec![0f32; vocab * n];
     job.model.embedding_rows(0, vocab, &mut table)?;
-    let mut g = vec![0f32; n * n];
-    for i in 0..n {
-        for j in 0..=i {
-            let v = fisher.embedding[i * (i + 1) / 2 + j] as f32;
-            (g[i * n + j], g[j * n + i]) = (v, v);
-        }
-    }
+    let g: Vec<f32> = crate::linalg::unpack(&fisher.embedding, n).iter().map(|v| *v as f32).collect();
     let ones = vec![1f32; n];
     let weight = |v: usize| 0.5 * counts[v] as f64 / job.tokens.len() as f64;
     let choices = types(job, name).iter().map(|&ty| {

@@ -13,7 +13,7 @@ use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
 use crate::plan::{Input, Plan, Recipe};
-use crate::rounding::run::{self, Job, Watch};
+use crate::rounding::run::{self, Job};
 use crate::rounding::state::{Report, RoundedTensors};
 use crate::tokenizer::encode::TextEncoder;
 
@@ -150,16 +150,4 @@ fn summary(reports: &[Report], seconds: f64) {
     for (r, note) in reports.iter().filter_map(|r| r.note.as_ref().map(|n| (r, n))) {
         print::stderr(&format!("warning: `{}`: {note}", r.name));
     }
-}
-
-impl Watch for Steps {
-    fn layer(&mut self, layers: usize) {
-        self.done(layers);
-    }
-
-    fn resumed(&mut self, layers: usize) {
-        crate::calibration::run::Watch::resumed(self, layers);
-    }
-
-    fn tensor(&mut self, _: &Report) {}
 }

@@ -15,6 +15,7 @@ pub mod run;
 pub mod spec;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 /// Products as layers take them.
 pub mod gemm {
@@ -66,6 +67,14 @@ impl ForwardError {
             e @ ForwardError::In { .. } => e,
             e => ForwardError::In { file: path.to_path_buf(), source: Box::new(e) },
         }
+    }
+}
+
+/// An error once a signal has asked to stop: for the loops of a pass, between batches.
+pub fn interrupted() -> Result<(), ForwardError> {
+    match crate::convert::INTERRUPTED.load(Ordering::Relaxed) {
+        true => Err(ForwardError::Interrupted),
+        false => Ok(()),
     }
 }
 

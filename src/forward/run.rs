@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
@@ -12,7 +11,7 @@ use super::gemm::product;
 use super::layer::{Pass, Scratch};
 use super::rope::RopeTable;
 use super::rounding::{Activations, Rounding};
-use super::{ForwardError, Model, Observer, kernels};
+use super::{ForwardError, Model, Observer, interrupted, kernels};
 
 /// Values that one thread reads or writes at a time.
 const PIECE: usize = 1 << 19;
@@ -174,9 +173,7 @@ impl<'a> Runner<'a> {
         let step = batch.max(1) * self.length;
         let mut x = Vec::new();
         for at in (0..tokens).step_by(step) {
-            if crate::convert::INTERRUPTED.load(Ordering::Relaxed) {
-                return Err(ForwardError::Interrupted);
-            }
+            interrupted()?;
             let here = step.min(tokens - at);
             x.resize(here * n, 0.0);
             read(at * n, &mut x)?;

@@ -18,7 +18,7 @@ pub use faer::Par;
 
 pub use factor::{LinalgError, cholesky, eigen, invert_lower, solve};
 pub use product::{Product, add_cross, add_times, product, products, times};
-pub use symmetric::{F32_RUN, gemm_f64, mirror, packed_len, syrk_f64, syrk_packed};
+pub use symmetric::{F32_RUN, gemm_f64, mirror, packed_len, syrk_f64, syrk_packed, unpack};
 pub use view::{View, ViewMut};
 
 /// All threads of rayon's current pool.

@@ -123,6 +123,17 @@ fn bands(h: &mut [f64], x: MatRef<'_, f32>, from: usize, to: usize, par: bool) {
     }
 }
 
+/// The whole of a packed lower triangle, `[n, n]`.
+pub fn unpack(packed: &[f64], n: usize) -> Vec<f64> {
+    let mut a = vec![0.0; n * n];
+    for row in 0..n {
+        let own = row * (row + 1) / 2;
+        a[row * n..][..=row].copy_from_slice(&packed[own..=own + row]);
+    }
+    mirror(&mut a, n);
+    a
+}
+
 /// Copies the lower triangle of `a` \[n, n\] to the upper one.
 pub fn mirror(a: &mut [f64], n: usize) {
     for row in 0..n {

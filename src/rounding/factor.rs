@@ -22,23 +22,13 @@ pub struct Factor {
     pub importance: Vec<f32>,
     /// Damping that was needed, as a part of the mean of the diagonal.
     pub damping: f64,
-    /// Columns that saw no activation.
-    pub dead: usize,
 }
 
 /// `E[x xᵀ]` in full, `[n, n]`.
 pub fn mean_second(m: &Moments) -> Option<Vec<f64>> {
-    let (second, n) = (m.second()?, m.columns());
     let count = (m.count() > 0).then_some(m.count() as f64)?;
-    let mut h = vec![0.0; n * n];
-    let mut at = 0;
-    for i in 0..n {
-        for j in 0..=i {
-            h[i * n + j] = second[at] / count;
-            h[j * n + i] = h[i * n + j];
-            at += 1;
-        }
-    }
+    let mut h = linalg::unpack(m.second()?, m.columns());
+    h.iter_mut().for_each(|v| *v /= count);
     Some(h)
 }
 
@@ -55,7 +45,6 @@ impl Factor {
             return Err(RoundingError::Hessian(format!("the mean of its diagonal is {mean}")));
         }
         let importance: Vec<f32> = (0..n).map(|i| h[i * n + i] as f32).collect();
-        let dead = importance.iter().filter(|v| **v == 0.0).count();
         let mut damping = damping;
         let mut damped = 0.0;
         loop {
@@ -80,7 +69,7 @@ impl Factor {
                     if u.iter().all(|v| v.is_finite()) {
                         let costs = (0..n).map(|j| 1.0 / (u[j * n + j] * u[j * n + j])).collect();
                         let h = h.iter().map(|v| *v as f32).collect();
-                        return Ok(Factor { n, h, u, costs, importance, damping, dead });
+                        return Ok(Factor { n, h, u, costs, importance, damping });
                     }
                 }
                 Err(linalg::LinalgError::NotPositiveDefinite { .. }) => {}

@@ -33,7 +33,7 @@ pub enum RoundingError {
     #[error(transparent)]
     Format(#[from] FormatError),
     #[error(transparent)]
-    Forward(#[from] ForwardError),
+    Forward(ForwardError),
     #[error(transparent)]
     Moments(#[from] MomentsError),
     #[error("{}: {source}", file.display())]
@@ -42,6 +42,15 @@ pub enum RoundingError {
     Experts,
     #[error("interrupted; what is done is kept, the same command goes on from there")]
     Interrupted,
+}
+
+impl From<ForwardError> for RoundingError {
+    fn from(e: ForwardError) -> RoundingError {
+        match e {
+            ForwardError::Interrupted => RoundingError::Interrupted,
+            e => RoundingError::Forward(e),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -8,17 +8,17 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 use super::factor::Factor;
 use super::site::{Site, is_held_out};
 use super::state::{self, Key, Report, State};
 use super::{RoundingError, matrix};
+use crate::calibration::run::Watch;
 use crate::forward::backward;
 use crate::forward::gemm::product;
 use crate::forward::layer::{FeedForward, Layer, Linear, Pass, Scratch, gated};
 use crate::forward::run::Head;
-use crate::forward::{Activations, Hidden, Model, Runner};
+use crate::forward::{Activations, Hidden, Model, Runner, interrupted};
 use crate::gguf::GgmlType;
 
 /// Damping of the Hessian, as a part of the mean of its diagonal.
@@ -50,13 +50,6 @@ pub struct Job<'a> {
 pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
     let widest = model.feed_forward().max(model.spec.heads * model.spec.head_dim);
     (tokens * widest * 4 * if one_pass { 1 } else { 2 }) as u64
-}
-
-/// Is told what is done.
-pub trait Watch {
-    fn layer(&mut self, layers: usize);
-    fn resumed(&mut self, layers: usize);
-    fn tensor(&mut self, report: &Report);
 }
 
 /// Bytes of memory that a run needs, with `batch` windows of `length` tokens.
@@ -130,9 +123,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     }
     for l in done..job.model.spec.layers {
         let (from, mut to) = (stream(l)?, stream(l + 1)?);
-        let before = work.reports.len();
         work.layer(l, &from, &mut to)?;
-        work.reports[before..].iter().for_each(|r| watch.tensor(r));
         let streams = to.digests(values)?;
         State { key: key.clone(), layers: l + 1, streams, reports: work.reports.clone() }.save(job.state)?;
         watch.layer(l + 1);
@@ -140,7 +131,6 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     let last = job.model.spec.layers;
     if job.types.contains_key("output.weight") {
         work.head(&stream(last)?)?;
-        work.reports.last().into_iter().for_each(|r| watch.tensor(r));
     }
     Ok(work.reports)
 }
@@ -201,15 +191,8 @@ impl Work<'_> {
         let windows = backward::Windows { length: job.length, batch: job.batch.min(8), first: 1 };
         let labels = backward::Labels::Sampled(1);
         let f = backward::fisher_of(job.model, text, windows, labels, Some(job.state), &mut |_| {})?;
-        let mut h = vec![0.0; n * n];
-        for i in 0..n {
-            for j in 0..=i {
-                let v = f.embedding[i * (i + 1) / 2 + j];
-                (h[i * n + j], h[j * n + i]) = (v, v);
-            }
-        }
         // few tokens for many columns, and gradients of a sampled label: damp well
-        Factor::new(h, n, 10.0 * DAMPING, par)
+        Factor::new(crate::linalg::unpack(&f.embedding, n), n, 10.0 * DAMPING, par)
     }
 
     /// One layer: `from` is the stream before it, `to` the one behind it.
@@ -416,13 +399,6 @@ fn held_out(
     let own = error(values);
     let (_, nearest) = matrix::nearest(ty, &l.weight, factor)?;
     Ok(Some((own, error(&nearest))))
-}
-
-fn interrupted() -> Result<(), RoundingError> {
-    match crate::convert::INTERRUPTED.load(Ordering::Relaxed) {
-        true => Err(RoundingError::Interrupted),
-        false => Ok(()),
-    }
 }
 
 fn identity(n: usize) -> Vec<f64> {

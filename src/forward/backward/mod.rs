@@ -19,7 +19,6 @@ mod kernels;
 mod layer;
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 pub use head::Labels;
 
@@ -27,7 +26,7 @@ use self::head::HeadBack;
 use self::layer::{LayerBack, Scratch};
 use super::layer::Pass;
 use super::rope::RopeTable;
-use super::{Activations, ForwardError, Hidden, Model, Runner};
+use super::{Activations, ForwardError, Hidden, Model, Runner, interrupted};
 use crate::linalg;
 
 /// Means of squared gradients of a model.
@@ -265,12 +264,5 @@ impl Back<'_> {
             }
             None => Ok(()),
         }
-    }
-}
-
-fn interrupted() -> Result<(), ForwardError> {
-    match crate::convert::INTERRUPTED.load(Ordering::Relaxed) {
-        true => Err(ForwardError::Interrupted),
-        false => Ok(()),
     }
 }
