@@ -21,7 +21,8 @@
 //! complete, synced and read back ([`output`]).
 //!
 //! With a calibration text the codes are not the nearest ones: [`rounding`] fits them to the output of each layer and leaves
-//! blocks for [`convert`] to copy, and where a size is asked for, [`allocation`] chooses the types.
+//! blocks for [`convert`] to copy, and where a size is asked for, [`allocation`] chooses the types. [`tuning`]
+//! then moves what the blocks store, by gradient descent on the divergence of the predictions.
 //!
 //! In [`formats`] each block format has a scalar definition that does what ggml's reference does, operation by
 //! operation. Its folder `simd` holds the same arithmetic for several blocks at once; it may be faster, never different.
@@ -48,3 +49,4 @@ pub mod source;
 pub mod table;
 pub mod tokenizer;
 pub mod transform;
+pub mod tuning;

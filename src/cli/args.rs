@@ -94,6 +94,16 @@ pub struct ConvertArgs {
     /// With gptq: take the inputs of every layer from the float model, not from what is rounded before it. Half the time.
     #[arg(long, help_heading = "Importance")]
     one_pass: bool,
+    /// After GPTQ, tune scales, minima, norms and, up to 4 bits, codes by so many steps of gradient descent on the divergence
+    /// of the predictions.
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "600", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(1..))]
+    tune: Option<u32>,
+    /// Text to tune on; several times for several texts [default: that of --calibrate].
+    #[arg(long, value_name = "TEXT", requires = "tune", help_heading = "Importance")]
+    tune_text: Vec<PathBuf>,
+    /// What --tune runs on: cpu, or cuda (an NVIDIA GPU; needs a program built with the feature `cuda`).
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t, help_heading = "Run")]
+    pub device: crate::tuning::run::Device,
     /// Use only imatrix entries whose name contains this.
     #[arg(long, value_name = "PART", help_heading = "Importance")]
     include_weights: Vec<String>,
@@ -244,6 +254,8 @@ impl ConvertArgs {
             ctx: self.ctx,
             rounding: self.rounding.clone(),
             one_pass: self.one_pass,
+            tune: self.tune,
+            tune_text: self.tune_text.clone(),
             target_size: self.target_size,
             target_bpw: self.target_bpw,
             like: self.like.clone(),

@@ -55,7 +55,12 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         crate::formats::simd::isa().name(),
     ));
     let rounded = match prepared.options.rounding {
-        Rounding::Gptq => Some(super::round::before(&args, &prepared.options.recipe, &prepared.input, &prepared.plan)?),
+        Rounding::Gptq => {
+            let (recipe, input, plan) = (&prepared.options.recipe, &prepared.input, &prepared.plan);
+            let mut rounded = super::round::before(&args, recipe, input, plan)?;
+            super::tune::after(&args, recipe, input, plan, &mut rounded)?;
+            Some(rounded)
+        }
         Rounding::Nearest => None,
     };
     let bar = (!args.quiet).then(|| Bar::new(total));

@@ -16,6 +16,7 @@ mod print;
 mod qsur;
 mod round;
 mod steps;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -148,6 +149,19 @@ impl From<crate::forward::ForwardError> for Failure {
             _ => REFUSED,
         };
         Failure::new(code, e)
+    }
+}
+
+impl From<crate::tuning::TuningError> for Failure {
+    fn from(e: crate::tuning::TuningError) -> Failure {
+        use crate::tuning::TuningError as T;
+        match e {
+            T::Forward(e) => e.into(),
+            T::Rounding(e) => e.into(),
+            T::Interrupted => Failure::new(INTERRUPTED, e),
+            T::Io { .. } => Failure::new(RESOURCE, e),
+            T::Refused(_) | T::Device(_) => Failure::new(REFUSED, e),
+        }
     }
 }
 

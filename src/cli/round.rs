@@ -119,7 +119,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
 }
 
 /// Memory that the system could give, in bytes; 0 where it does not say.
-fn available_memory() -> u64 {
+pub(super) fn available_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
     line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).map_or(0, |kb| kb * 1024)

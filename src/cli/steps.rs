@@ -51,6 +51,21 @@ impl Steps {
         }
     }
 
+    /// What stands behind the bar.
+    pub fn message(&self, text: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+        }
+    }
+
+    /// A line of its own, above the bar.
+    pub fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| print::stderr(text)),
+            None => print::stderr(text),
+        }
+    }
+
     /// Removes the bar; says how the experts of a mixture were covered.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {

@@ -14,6 +14,7 @@ pub mod legacy;
 pub mod low;
 pub mod search;
 pub mod simd;
+pub mod unpack;
 
 use crate::gguf::GgmlType;
 

@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 
 /// Products as layers take them.
 pub mod gemm {
-    pub use crate::linalg::{Product, product, products};
+    pub use crate::linalg::{Product, product, product_back, products};
 }
 
 pub use model::Model;

@@ -69,6 +69,11 @@ impl RopeTable {
         table
     }
 
+    /// Cosines and sines, `[positions, pairs]`.
+    pub fn values(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// The table of the transposed rotation: what takes gradients back.
     pub fn reversed(&self) -> RopeTable {
         RopeTable { sin: self.sin.iter().map(|s| -s).collect(), ..self.clone() }

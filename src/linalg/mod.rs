@@ -17,7 +17,7 @@ mod view;
 pub use faer::Par;
 
 pub use factor::{LinalgError, cholesky, eigen, invert_lower, solve};
-pub use product::{Product, add_cross, add_times, product, products, times};
+pub use product::{Product, add_cross, add_times, product, product_back, products, times};
 pub use symmetric::{F32_RUN, gemm_f64, mirror, packed_len, syrk_f64, syrk_packed, unpack};
 pub use view::{View, ViewMut};
 

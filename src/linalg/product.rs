@@ -81,9 +81,10 @@ pub fn add_times(out: ViewMut<'_>, a: View<'_>, b: View<'_>, alpha: f32) {
     }
 }
 
-/// `c += aᵀ b`: `a` and `b` are `[tokens, n]`, `c` is `[n, n]`. The same for any number of threads.
+/// `c += aᵀ b`: `a` is `[tokens, m]`, `b` is `[tokens, n]`, `c` is `[m, n]`. The same for any number of threads.
 pub fn add_cross(c: &mut [f32], a: &[f32], b: &[f32], tokens: usize, n: usize) {
-    let (a, b) = (View::new(a, tokens, n), View::new(b, tokens, n));
+    let m = c.len() / n;
+    let (a, b) = (View::new(a, tokens, m), View::new(b, tokens, n));
     c.par_chunks_mut(TILE.1 * n).enumerate().for_each_init(Vec::new, |product: &mut Vec<f32>, (i, c)| {
         let rows = c.len() / n;
         product.resize(rows * n, 0.0);
@@ -91,6 +92,28 @@ pub fn add_cross(c: &mut [f32], a: &[f32], b: &[f32], tokens: usize, n: usize) {
         times(ViewMut::new(product, rows, n), a, b, 1.0);
         c.iter_mut().zip(&*product).for_each(|(c, p)| *c += p);
     });
+}
+
+/// `out = a · w`: `a` is `[m, k]`, `w` is `[k, n]`, `out` is `[m, n]`: a gradient led back through a weight.
+pub fn product_back(a: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
+    let (m, n) = (a.len() / k, w.len() / k);
+    assert!(a.len() == m * k && w.len() == k * n && out.len() == m * n, "shapes of a product");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (a, w) = (View::new(a, m, k), View::new(w, k, n));
+    let mut tiles = Vec::new();
+    let mut rest = ViewMut::new(out, m, n);
+    for (row, rows) in pieces(m, TILE.0) {
+        let (mut band, below) = rest.split_rows(rows);
+        rest = below;
+        for (column, columns) in pieces(n, TILE.1) {
+            let (tile, right) = band.split_columns(columns);
+            band = right;
+            tiles.push((a.part((row, 0), rows, k), w.part((0, column), k, columns), tile));
+        }
+    }
+    tiles.into_par_iter().with_max_len(1).for_each(|(a, w, tile)| times(tile, a, w, 1.0));
 }
 
 #[cfg(test)]
@@ -107,6 +130,24 @@ mod tests {
             let (exact, size) = (textbook(&a, &b, m, n, k), textbook(&abs(&a), &abs(&b), m, n, k));
             let fits = out.iter().zip(&exact).zip(&size).all(|((c, e), s)| near((*c).into(), *e, *s, k));
             assert!(fits, "{m}x{n}x{k}");
+        }
+    }
+
+    #[test]
+    fn products_of_gradients_are_the_textbook_ones() {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (513, 341, 33), (330, 1300, 5), (17, 300, 40)] {
+            let (a, w, b) = (values(m * k, 1), values(k * n, 2), values(k * m, 3));
+            let mut out = vec![f32::NAN; m * n];
+            product_back(&a, &w, k, &mut out);
+            let mut cross = vec![1.0; m * n];
+            add_cross(&mut cross, &b, &w, k, n);
+            for (at, (out, cross)) in out.iter().zip(&cross).enumerate() {
+                let (i, j) = (at / n, at % n);
+                let sum: f64 = (0..k).map(|x| f64::from(a[i * k + x]) * f64::from(w[x * n + j])).sum();
+                assert!((f64::from(*out) - sum).abs() < 1e-4, "{i} {j}");
+                let sum: f64 = (0..k).map(|x| f64::from(b[x * m + i]) * f64::from(w[x * n + j])).sum();
+                assert!((f64::from(*cross) - 1.0 - sum).abs() < 1e-4, "{i} {j}");
+            }
         }
     }
 

@@ -63,6 +63,12 @@ pub struct Recipe {
     /// Hessians of the float model only.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub one_pass: bool,
+    /// Steps of tuning after GPTQ.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tune: Option<u32>,
+    /// Texts to tune on; empty: those of `calibrate`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tune_text: Vec<PathBuf>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub include_weights: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -112,7 +118,7 @@ impl Recipe {
     /// Every file that it names.
     fn files(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let one = [&mut self.imatrix, &mut self.metadata, &mut self.chat_template].into_iter().flatten();
-        one.chain(&mut self.calibrate)
+        one.chain(&mut self.calibrate).chain(&mut self.tune_text)
     }
 
     /// `over` wins where it says something; lists are appended.
@@ -131,7 +137,7 @@ impl Recipe {
             (self.r#type, self.outtype) = (None, None);
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
-        take!(calibrate_tokens ctx rounding);
+        take!(calibrate_tokens ctx rounding tune);
         if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() {
             (self.target_size, self.target_bpw, self.like) = (over.target_size, over.target_bpw, over.like);
         }
@@ -143,7 +149,7 @@ impl Recipe {
         }
         or!(exact one_pass leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
-        extend!(tensor_type types calibrate include_weights exclude_weights override_kv prune_layers);
+        extend!(tensor_type types calibrate tune_text include_weights exclude_weights override_kv prune_layers);
         self
     }
 

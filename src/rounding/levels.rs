@@ -21,7 +21,7 @@ pub trait Levels: Copy + Send + Sync {
 }
 
 /// The integers `lo..=hi`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Range {
     lo: f32,
     hi: f32,
@@ -50,7 +50,7 @@ impl Levels for Range {
 }
 
 /// Ascending values; unused places repeat the last.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Table {
     values: [f32; 16],
     borders: [f32; 15],
@@ -84,7 +84,7 @@ impl Levels for Table {
 }
 
 /// The levels of a grid.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub enum AnyLevels {
     Range(Range),
     Table(Table),
@@ -100,6 +100,32 @@ impl AnyLevels {
                 let borders = std::array::from_fn(border);
                 AnyLevels::Table(Table { values, borders, steps: std::array::from_fn(|i| values[i + 1] - values[i]) })
             }
+        }
+    }
+}
+
+impl AnyLevels {
+    /// How many levels there are.
+    pub fn count(&self) -> usize {
+        match self {
+            AnyLevels::Range(l) => (l.hi - l.lo) as usize + 1,
+            AnyLevels::Table(l) => 1 + l.steps.iter().filter(|s| **s > 0.0).count(),
+        }
+    }
+
+    /// The level nearest to `t`, and its code.
+    pub fn nearest(&self, t: f32) -> (f32, u8) {
+        match self {
+            AnyLevels::Range(l) => (l.level(t), l.code(l.level(t))),
+            AnyLevels::Table(l) => (l.level(t), l.code(l.level(t))),
+        }
+    }
+
+    /// The lowest and the highest.
+    pub fn ends(&self) -> (f32, f32) {
+        match self {
+            AnyLevels::Range(l) => l.ends(),
+            AnyLevels::Table(l) => l.ends(),
         }
     }
 }

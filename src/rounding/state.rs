@@ -104,6 +104,14 @@ impl RoundedTensors {
         Ok(RoundedTensors { files })
     }
 
+    /// Takes what lies under the name `stored` in `folder` for the tensor `name`.
+    pub fn replace(&mut self, folder: &Path, stored: &str, name: &str, ty: GgmlType) -> Result<(), RoundingError> {
+        let path = blocks_path(folder, stored);
+        let file = File::open(&path).map_err(|e| io(&path, e))?;
+        self.files.insert(name.to_string(), (ty, file, path));
+        Ok(())
+    }
+
     /// Reads bytes of a tensor from `at` on; false if it is not among them.
     pub fn read(&self, tensor: &str, ty: GgmlType, at: u64, out: &mut [u8]) -> Result<bool, RoundingError> {
         let Some((stored, file, path)) = self.files.get(tensor) else { return Ok(false) };
@@ -121,7 +129,10 @@ pub fn forget(folder: &Path) {
         let name = name.to_string_lossy();
         if name.ends_with(".blocks")
             || (name.ends_with(".f32") && name.starts_with("rounding-"))
-            || matches!(&*name, "rounding.json" | "rounding.json.new" | "allocation.json")
+            || matches!(
+                &*name,
+                "rounding.json" | "rounding.json.new" | "allocation.json" | "tuning.state" | "tuning.new"
+            )
         {
             let _ = std::fs::remove_file(entry.path());
         }

@@ -6,12 +6,12 @@
 
 use rayon::prelude::*;
 
-use super::kernels::{add_squares, rms_norm_rows_back, soft_cap_back, transpose};
-use crate::forward::gemm::product;
+use super::kernels::{add_squares, rms_norm_rows_back, soft_cap_back};
+use crate::forward::gemm::product_back;
 use crate::forward::run::Head;
 use crate::forward::{Activations, ForwardError, Model, kernels};
 
-/// What the head's rows may take as f32, and their transpose once more.
+/// What the head's rows may take as f32, twice.
 const BYTES: u64 = 256 << 20;
 /// Positions whose logits are in memory at a time.
 const ROWS: usize = 512;
@@ -63,10 +63,9 @@ pub struct HeadBack<'a> {
     model: &'a Model<'a>,
     head: Head<'a>,
     norm: Vec<f32>,
-    /// Rows of the head that are transposed at a time.
+    /// Rows of the head that are in memory at a time.
     most: usize,
-    /// `[embed, rows]`: kept if it is all of the head.
-    transposed: Vec<f32>,
+    /// `[rows, embed]`: kept if it is all of the head.
     rows: Vec<f32>,
     /// Sums of squares of the gradients at its outputs.
     pub squares: Vec<f64>,
@@ -84,7 +83,6 @@ impl<'a> HeadBack<'a> {
             head: Head::new(model, Activations::F32, bytes)?,
             norm: model.output_norm()?,
             most: (bytes / (model.spec.embed as u64 * 4)).clamp(1, model.vocab as u64) as usize,
-            transposed: Vec::new(),
             rows: Vec::new(),
             squares: vec![0.0; model.vocab],
         })
@@ -139,11 +137,10 @@ impl<'a> HeadBack<'a> {
         let (n, vocab) = (self.model.spec.embed, self.model.vocab);
         out.resize(d.len() / vocab * n, 0.0);
         if self.most >= vocab {
-            if self.transposed.is_empty() {
+            if self.rows.is_empty() {
                 self.part(0, vocab)?;
-                self.rows = Vec::new();
             }
-            product(d, &self.transposed, vocab, out);
+            product_back(d, &self.rows, vocab, out);
             return Ok(());
         }
         out.fill(0.0);
@@ -153,7 +150,7 @@ impl<'a> HeadBack<'a> {
             self.part(from, to)?;
             columns.clear();
             d.chunks_exact(vocab).for_each(|row| columns.extend_from_slice(&row[from..to]));
-            product(&columns, &self.transposed, to - from, &mut sum);
+            product_back(&columns, &self.rows, to - from, &mut sum);
             super::kernels::add_all(out, &sum);
         }
         Ok(())
@@ -162,9 +159,7 @@ impl<'a> HeadBack<'a> {
     fn part(&mut self, from: usize, to: usize) -> Result<(), ForwardError> {
         let n = self.model.spec.embed;
         self.rows.resize((to - from) * n, 0.0);
-        self.model.head_rows(from, to, &mut self.rows)?;
-        transpose(&self.rows, n, &mut self.transposed);
-        Ok(())
+        self.model.head_rows(from, to, &mut self.rows)
     }
 }
 

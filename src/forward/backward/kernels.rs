@@ -107,24 +107,6 @@ pub fn add_squares(sums: &mut [f64], g: &[f32]) {
     });
 }
 
-/// `out[columns, rows] = w[rows, columns]ᵀ`.
-pub fn transpose(w: &[f32], columns: usize, out: &mut Vec<f32>) {
-    const EDGE: usize = 32;
-    let rows = w.len() / columns;
-    out.resize(w.len(), 0.0);
-    out.par_chunks_mut(rows * EDGE).enumerate().for_each(|(i, band)| {
-        let first = i * EDGE;
-        for from in (0..rows).step_by(EDGE) {
-            let to = (from + EDGE).min(rows);
-            for (c, out) in band.chunks_exact_mut(rows).enumerate() {
-                for (o, row) in out[from..to].iter_mut().zip(w[from * columns..].chunks_exact(columns)) {
-                    *o = row[first + c];
-                }
-            }
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,16 +190,13 @@ mod tests {
     }
 
     #[test]
-    fn squares_and_transposes_are_exact() {
+    fn squares_are_exact() {
         for (rows, columns) in [(1, 1), (33, 70), (100, 3), (64, 129)] {
             let w = wave(rows * columns, 1);
-            let mut t = Vec::new();
-            transpose(&w, columns, &mut t);
             let mut sums = vec![0.0; columns];
             add_squares(&mut sums, &w);
             for c in 0..columns {
                 let column: Vec<f32> = (0..rows).map(|r| w[r * columns + c]).collect();
-                assert_eq!(t[c * rows..][..rows], column);
                 assert_eq!(sums[c], dot(&column, &column));
             }
         }

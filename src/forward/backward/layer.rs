@@ -1,59 +1,106 @@
 //! Backward of one dense decoder layer for a batch of windows.
 //!
-//! Of the forward pass only the layer's input is kept; everything between is computed again here, as [`Layer::run`] does
-//! (f32, no rounding of activations). The stream passes each branch by: its gradient is that of the output plus what comes
+//! The forward pass is that of [`Layer::run`] (f32, no rounding of activations) and leaves what the backward pass needs in a
+//! [`Kept`]. The stream passes each branch by: its gradient is that of the output plus what comes
 //! back through the norm before the branch.
 
 use rayon::prelude::*;
 
 use super::attention::{Heads, attend_back};
-use super::kernels::{activate_back, add_all, add_squares, rms_norm_rows_back, transpose};
+use super::kernels::{activate_back, add_all, add_squares, rms_norm_rows_back};
 use crate::forward::attention::attend;
-use crate::forward::gemm::{Product, product, products};
+use crate::forward::gemm::{Product, product_back, products};
 use crate::forward::layer::{FeedForward, Layer, Linear, Pass};
 use crate::forward::rope::RopeTable;
 use crate::forward::spec::{Activation, Spec};
 use crate::forward::{ForwardError, kernels};
 
-/// A linear with its transpose and the sums of squares of its outputs' gradients.
-struct Both {
-    linear: Linear,
-    /// `[inputs, outputs]`.
-    transposed: Vec<f32>,
-    squares: Vec<f64>,
+/// The linears of a dense layer, in the order of its weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
 }
 
-impl Both {
-    fn new(linear: Linear) -> Both {
-        let mut transposed = Vec::new();
-        transpose(&linear.weight, linear.inputs, &mut transposed);
-        let squares = vec![0.0; linear.outputs()];
-        Both { linear, transposed, squares }
+impl Slot {
+    pub const ALL: [Slot; 7] = [Slot::Q, Slot::K, Slot::V, Slot::O, Slot::Gate, Slot::Up, Slot::Down];
+}
+
+/// The norms of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Norm {
+    Attention,
+    Q,
+    K,
+    AfterAttention,
+    FeedForward,
+    AfterFeedForward,
+}
+
+/// What becomes of the gradients that a layer's backward pass finds.
+///
+/// Both functions are called when the gradient has been led through the weight: it may change.
+pub trait Sink {
+    /// `dy` \[tokens, outputs\] is the gradient at the outputs of `linear`, `x` \[tokens, inputs\] its input.
+    fn linear(&mut self, slot: Slot, linear: &mut Linear, x: &[f32], dy: &[f32]);
+
+    /// Rows `x` were normed with `weight`; `dy` is the gradient of the result.
+    fn norm(&mut self, _norm: Norm, _weight: &mut [f32], _x: &[f32], _dy: &[f32]) {}
+}
+
+/// Sums of the squares of the gradients at the outputs of a layer's linears.
+pub struct Squares(Vec<(String, Vec<f64>)>);
+
+impl Squares {
+    pub fn new(layer: &LayerBack) -> Squares {
+        Squares(Slot::ALL.map(|s| (layer.linear(s).name.clone(), vec![0.0; layer.linear(s).outputs()])).into())
+    }
+
+    /// The sums by weight, in the order of the layer; parts of one fused weight (equal names) are joined.
+    pub fn joined(self) -> Vec<(String, Vec<f64>)> {
+        let mut all: Vec<(String, Vec<f64>)> = Vec::new();
+        for (name, squares) in self.0 {
+            match all.last_mut() {
+                Some((last, sums)) if *last == name => sums.extend(squares),
+                _ => all.push((name, squares)),
+            }
+        }
+        all
+    }
+}
+
+impl Sink for Squares {
+    fn linear(&mut self, slot: Slot, _: &mut Linear, _: &[f32], dy: &[f32]) {
+        add_squares(&mut self.0[slot as usize].1, dy);
     }
 }
 
 /// A layer set up for the backward pass.
 pub struct LayerBack {
     index: usize,
-    attn_norm: Option<Vec<f32>>,
-    q: Both,
-    k: Both,
-    v: Both,
-    o: Both,
-    q_norm: Option<Vec<f32>>,
-    k_norm: Option<Vec<f32>>,
-    attn_post_norm: Option<Vec<f32>>,
-    ffn_norm: Option<Vec<f32>>,
-    gate: Both,
-    up: Both,
-    down: Both,
-    ffn_post_norm: Option<Vec<f32>>,
+    pub attn_norm: Option<Vec<f32>>,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub attn_post_norm: Option<Vec<f32>>,
+    pub ffn_norm: Option<Vec<f32>>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    pub ffn_post_norm: Option<Vec<f32>>,
 }
 
-/// Buffers of a layer's backward pass, `[tokens, ...]`, kept from batch to batch.
+/// What a layer's forward pass leaves to its backward pass, `[tokens, ...]`.
 #[derive(Default)]
-pub struct Scratch {
-    normed: Vec<f32>,
+pub struct Kept {
     /// Heads before their norm and rotation, where they have a norm.
     raw_q: Vec<f32>,
     raw_k: Vec<f32>,
@@ -61,11 +108,19 @@ pub struct Scratch {
     k: Vec<f32>,
     v: Vec<f32>,
     attended: Vec<f32>,
+    /// The output of attention, where a norm follows.
     branch: Vec<f32>,
     /// The stream between attention and feed-forward.
     middle: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+}
+
+/// Buffers of a layer's passes, `[tokens, ...]`, kept from batch to batch.
+#[derive(Default)]
+pub struct Scratch {
+    normed: Vec<f32>,
+    hidden: Vec<f32>,
     /// Of the branch's output, and of whatever a product gives.
     d_branch: Vec<f32>,
     d_wide: Vec<f32>,
@@ -85,129 +140,183 @@ impl LayerBack {
         Ok(LayerBack {
             index: layer.index,
             attn_norm: layer.attn_norm,
-            q: Both::new(layer.q),
-            k: Both::new(layer.k),
-            v: Both::new(layer.v),
-            o: Both::new(layer.o),
+            q: layer.q,
+            k: layer.k,
+            v: layer.v,
+            o: layer.o,
             q_norm: layer.q_norm,
             k_norm: layer.k_norm,
             attn_post_norm: layer.attn_post_norm,
             ffn_norm: layer.ffn_norm,
-            gate: Both::new(gate),
-            up: Both::new(up),
-            down: Both::new(down),
+            gate,
+            up,
+            down,
             ffn_post_norm: layer.ffn_post_norm,
         })
     }
 
-    /// The sums of squares by weight, in the order of the layer; parts of one fused weight (equal names) are joined.
-    pub fn into_squares(self) -> Vec<(String, Vec<f64>)> {
-        let mut all: Vec<(String, Vec<f64>)> = Vec::new();
-        for Both { linear, squares, .. } in [self.q, self.k, self.v, self.o, self.gate, self.up, self.down] {
-            match all.last_mut() {
-                Some((name, sums)) if *name == linear.name => sums.extend(squares),
-                _ => all.push((linear.name, squares)),
-            }
+    /// The norms that are there, in the order of [`Norm`].
+    pub fn norms(&self) -> [Option<&[f32]>; 6] {
+        let LayerBack { attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm, .. } = self;
+        [attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm].map(Option::as_deref)
+    }
+
+    pub fn linear(&self, slot: Slot) -> &Linear {
+        match slot {
+            Slot::Q => &self.q,
+            Slot::K => &self.k,
+            Slot::V => &self.v,
+            Slot::O => &self.o,
+            Slot::Gate => &self.gate,
+            Slot::Up => &self.up,
+            Slot::Down => &self.down,
         }
-        all
     }
 
-    /// `d`, the gradient at the layer's output, becomes that at its input `x`; both `[tokens, embed]`, whole windows.
-    pub fn run(&mut self, pass: &Pass<'_>, x: &[f32], d: &mut [f32], s: &mut Scratch) {
-        self.attention(pass, x, s);
-        self.feed_forward(pass, s);
-        self.feed_forward_back(pass, d, s);
-        self.attention_back(pass, x, d, s);
+    pub fn linear_mut(&mut self, slot: Slot) -> &mut Linear {
+        match slot {
+            Slot::Q => &mut self.q,
+            Slot::K => &mut self.k,
+            Slot::V => &mut self.v,
+            Slot::O => &mut self.o,
+            Slot::Gate => &mut self.gate,
+            Slot::Up => &mut self.up,
+            Slot::Down => &mut self.down,
+        }
     }
 
-    /// Up to the stream after attention, `s.middle`.
-    fn attention(&self, pass: &Pass<'_>, x: &[f32], s: &mut Scratch) {
+    /// Computes what [`LayerBack::back`] goes back through; `x` is `[tokens, embed]`, whole windows.
+    pub fn forward(&self, pass: &Pass<'_>, x: &[f32], k: &mut Kept, s: &mut Scratch) {
+        self.attention(pass, x, k, s);
+        self.feed_forward(pass, k, s);
+    }
+
+    /// The layer's output, from what [`LayerBack::forward`] left.
+    pub fn output(&self, pass: &Pass<'_>, k: &Kept, s: &mut Scratch, out: &mut Vec<f32>) {
+        let spec = &pass.model.spec;
+        self.hidden(spec, k, s);
+        forward([(&self.down, &mut s.d_branch)], &s.hidden);
+        out.clear();
+        out.extend_from_slice(&k.middle);
+        add_branch(spec, out, &s.d_branch, &self.ffn_post_norm, &mut s.part);
+    }
+
+    /// `d`, the gradient at the layer's output, becomes that at its input `x`; both `[tokens, embed]`. Uses up what is kept.
+    pub fn back(&mut self, pass: &Pass<'_>, x: &[f32], d: &mut [f32], k: &mut Kept, s: &mut Scratch, sink: &mut dyn Sink) {
+        self.feed_forward_back(pass, d, k, s, sink);
+        self.attention_back(pass, x, d, k, s, sink);
+    }
+
+    /// Up to the stream after attention, `k.middle`.
+    fn attention(&self, pass: &Pass<'_>, x: &[f32], k: &mut Kept, s: &mut Scratch) {
         let spec = &pass.model.spec;
         let input = normed(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
-        forward([(&self.q, &mut s.q), (&self.k, &mut s.k), (&self.v, &mut s.v)], input);
+        forward([(&self.q, &mut k.q), (&self.k, &mut k.k), (&self.v, &mut k.v)], input);
         let rope = self.rope(pass);
-        finish(spec, &mut s.q, &mut s.raw_q, &self.q_norm, (self.q.linear.outputs(), pass.length), rope);
-        finish(spec, &mut s.k, &mut s.raw_k, &self.k_norm, (self.k.linear.outputs(), pass.length), rope);
-        s.attended.resize(s.q.len(), 0.0);
-        attend(spec, &s.q, &s.k, &s.v, pass.length, spec.window_of(self.index), &mut s.attended);
-        forward([(&self.o, &mut s.branch)], &s.attended);
-        s.middle.clear();
-        s.middle.extend_from_slice(x);
-        let added = match &self.attn_post_norm {
-            Some(w) => {
-                rms_norm_rows(&s.branch, w, spec.rms_eps, &mut s.part);
-                &s.part
-            }
-            None => &s.branch,
-        };
-        let n = spec.embed * 16;
-        let pieces = s.middle.par_chunks_mut(n).zip(added.par_chunks(n));
-        pieces.for_each(|(x, b)| kernels::add_scaled(x, b, spec.residual_scale));
+        finish(spec, &mut k.q, &mut k.raw_q, &self.q_norm, (self.q.outputs(), pass.length), rope);
+        finish(spec, &mut k.k, &mut k.raw_k, &self.k_norm, (self.k.outputs(), pass.length), rope);
+        k.attended.resize(k.q.len(), 0.0);
+        attend(spec, &k.q, &k.k, &k.v, pass.length, spec.window_of(self.index), &mut k.attended);
+        forward([(&self.o, &mut s.d_branch)], &k.attended);
+        k.middle.clear();
+        k.middle.extend_from_slice(x);
+        add_branch(spec, &mut k.middle, &s.d_branch, &self.attn_post_norm, &mut s.part);
+        if self.attn_post_norm.is_some() {
+            std::mem::swap(&mut k.branch, &mut s.d_branch);
+        }
     }
 
     /// Gate and up, before the activation.
-    fn feed_forward(&self, pass: &Pass<'_>, s: &mut Scratch) {
-        let input = normed(&s.middle, &self.ffn_norm, pass.model.spec.rms_eps, &mut s.normed);
-        forward([(&self.gate, &mut s.gate), (&self.up, &mut s.up)], input);
+    fn feed_forward(&self, pass: &Pass<'_>, k: &mut Kept, s: &mut Scratch) {
+        let input = normed(&k.middle, &self.ffn_norm, pass.model.spec.rms_eps, &mut s.normed);
+        forward([(&self.gate, &mut k.gate), (&self.up, &mut k.up)], input);
     }
 
-    fn feed_forward_back(&mut self, pass: &Pass<'_>, d: &mut [f32], s: &mut Scratch) {
+    /// The input of down, `s.hidden`.
+    fn hidden(&self, spec: &Spec, k: &Kept, s: &mut Scratch) {
+        s.hidden.clear();
+        s.hidden.extend_from_slice(&k.gate);
+        activate(spec.activation, &mut s.hidden, &k.up);
+    }
+
+    fn feed_forward_back(&mut self, pass: &Pass<'_>, d: &mut [f32], k: &mut Kept, s: &mut Scratch, sink: &mut dyn Sink) {
         let spec = &pass.model.spec;
-        if let Some(w) = &self.ffn_post_norm {
-            // only the norm's backward asks for the branch's output; that of attention is done with until then
-            s.d_wide.clear();
-            s.d_wide.extend_from_slice(&s.gate);
-            activate(spec.activation, &mut s.d_wide, &s.up);
-            forward([(&self.down, &mut s.part)], &s.d_wide);
-            rms_norm_rows_back(&s.part, w, spec.rms_eps, d, &mut s.d_branch);
+        self.hidden(spec, k, s);
+        if let Some(w) = &mut self.ffn_post_norm {
+            forward([(&self.down, &mut s.part)], &s.hidden);
+            let scaled = scaled(d, spec.residual_scale, &mut s.d_input);
+            rms_norm_rows_back(&s.part, w, spec.rms_eps, scaled, &mut s.d_branch);
+            sink.norm(Norm::AfterFeedForward, w, &s.part, scaled);
         } else {
-            s.d_branch.clear();
-            s.d_branch.extend_from_slice(d);
+            scaled_to(d, spec.residual_scale, &mut s.d_branch);
         }
-        scale(&mut s.d_branch, spec.residual_scale);
-        back(&mut self.down, &s.d_branch, &mut s.d_wide);
-        activate_back(spec.activation, &mut s.gate, &mut s.up, &s.d_wide);
-        back(&mut self.gate, &s.gate, &mut s.d_input);
-        back(&mut self.up, &s.up, &mut s.part);
+        back(&self.down, &s.d_branch, &mut s.d_wide);
+        sink.linear(Slot::Down, &mut self.down, &s.hidden, &s.d_branch);
+        activate_back(spec.activation, &mut k.gate, &mut k.up, &s.d_wide);
+        back(&self.gate, &k.gate, &mut s.d_input);
+        back(&self.up, &k.up, &mut s.part);
         add_all(&mut s.d_input, &s.part);
-        through_norm(&s.middle, &self.ffn_norm, spec.rms_eps, &s.d_input, &mut s.part, d);
+        let input = normed(&k.middle, &self.ffn_norm, spec.rms_eps, &mut s.normed);
+        sink.linear(Slot::Gate, &mut self.gate, input, &k.gate);
+        sink.linear(Slot::Up, &mut self.up, input, &k.up);
+        through_norm(&k.middle, &self.ffn_norm, spec.rms_eps, &s.d_input, &mut s.part, d);
+        if let Some(w) = &mut self.ffn_norm {
+            sink.norm(Norm::FeedForward, w, &k.middle, &s.d_input);
+        }
     }
 
-    fn attention_back(&mut self, pass: &Pass<'_>, x: &[f32], d: &mut [f32], s: &mut Scratch) {
+    fn attention_back(
+        &mut self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        d: &mut [f32],
+        k: &mut Kept,
+        s: &mut Scratch,
+        sink: &mut dyn Sink,
+    ) {
         let spec = &pass.model.spec;
-        if let Some(w) = &self.attn_post_norm {
-            rms_norm_rows_back(&s.branch, w, spec.rms_eps, d, &mut s.d_branch);
+        let rope = self.rope(pass).map(RopeTable::reversed);
+        if let Some(w) = &mut self.attn_post_norm {
+            let scaled = scaled(d, spec.residual_scale, &mut s.d_input);
+            rms_norm_rows_back(&k.branch, w, spec.rms_eps, scaled, &mut s.d_branch);
+            sink.norm(Norm::AfterAttention, w, &k.branch, scaled);
         } else {
-            s.d_branch.clear();
-            s.d_branch.extend_from_slice(d);
+            scaled_to(d, spec.residual_scale, &mut s.d_branch);
         }
-        scale(&mut s.d_branch, spec.residual_scale);
-        back(&mut self.o, &s.d_branch, &mut s.d_wide);
-        for (d, x) in [(&mut s.d_q, &s.q), (&mut s.d_k, &s.k), (&mut s.d_v, &s.v)] {
+        back(&self.o, &s.d_branch, &mut s.d_wide);
+        sink.linear(Slot::O, &mut self.o, &k.attended, &s.d_branch);
+        for (d, x) in [(&mut s.d_q, &k.q), (&mut s.d_k, &k.k), (&mut s.d_v, &k.v)] {
             d.resize(x.len(), 0.0);
         }
-        let heads = Heads { q: &s.q[..], k: &s.k[..], v: &s.v[..] };
+        let heads = Heads { q: &k.q[..], k: &k.k[..], v: &k.v[..] };
         let d_heads = Heads { q: &mut s.d_q[..], k: &mut s.d_k[..], v: &mut s.d_v[..] };
         attend_back(spec, heads, pass.length, spec.window_of(self.index), &s.d_wide, d_heads);
-        let rope = self.rope(pass).map(RopeTable::reversed);
-        for (d, raw, norm, width) in [
-            (&mut s.d_q, &s.raw_q, &self.q_norm, self.q.linear.outputs()),
-            (&mut s.d_k, &s.raw_k, &self.k_norm, self.k.linear.outputs()),
+        for (d, raw, norm, (which, width)) in [
+            (&mut s.d_q, &k.raw_q, &mut self.q_norm, (Norm::Q, self.q.outputs())),
+            (&mut s.d_k, &k.raw_k, &mut self.k_norm, (Norm::K, self.k.outputs())),
         ] {
             if let Some(rope) = &rope {
                 rotate(spec, d, (width, pass.length), rope);
             }
             if let Some(w) = norm {
                 rms_norm_rows_back(raw, w, spec.rms_eps, d, &mut s.part);
+                sink.norm(which, w, raw, d);
                 d.copy_from_slice(&s.part);
             }
         }
-        back(&mut self.q, &s.d_q, &mut s.d_input);
-        back(&mut self.k, &s.d_k, &mut s.part);
+        back(&self.q, &s.d_q, &mut s.d_input);
+        back(&self.k, &s.d_k, &mut s.part);
         add_all(&mut s.d_input, &s.part);
-        back(&mut self.v, &s.d_v, &mut s.part);
+        back(&self.v, &s.d_v, &mut s.part);
         add_all(&mut s.d_input, &s.part);
+        let input = normed(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
+        sink.linear(Slot::Q, &mut self.q, input, &s.d_q);
+        sink.linear(Slot::K, &mut self.k, input, &s.d_k);
+        sink.linear(Slot::V, &mut self.v, input, &s.d_v);
         through_norm(x, &self.attn_norm, spec.rms_eps, &s.d_input, &mut s.part, d);
+        if let Some(w) = &mut self.attn_norm {
+            sink.norm(Norm::Attention, w, x, &s.d_input);
+        }
     }
 
     fn rope<'a>(&self, pass: &Pass<'a>) -> Option<&'a RopeTable> {
@@ -218,24 +327,31 @@ impl LayerBack {
 }
 
 /// `out = x Wᵀ + b` of linears of one input.
-fn forward<'a, const N: usize>(mut all: [(&'a Both, &'a mut Vec<f32>); N], x: &[f32]) {
+fn forward<'a, const N: usize>(mut all: [(&'a Linear, &'a mut Vec<f32>); N], x: &[f32]) {
     for (l, out) in &mut all {
-        out.resize(x.len() / l.linear.inputs * l.linear.outputs(), 0.0);
+        out.resize(x.len() / l.inputs * l.outputs(), 0.0);
     }
-    products(all.iter_mut().map(|(l, out)| Product { a: x, b: &l.linear.weight, k: l.linear.inputs, out }));
+    products(all.iter_mut().map(|(l, out)| Product { a: x, b: &l.weight, k: l.inputs, out }));
     for (l, out) in all {
-        if let Some(bias) = &l.linear.bias {
+        if let Some(bias) = &l.bias {
             out.par_chunks_mut(bias.len()).for_each(|row| kernels::add(row, bias));
         }
     }
 }
 
-/// Adds the squares of `dy` to the linear's sums; `dx = dy W`.
-fn back(l: &mut Both, dy: &[f32], dx: &mut Vec<f32>) {
-    let outputs = l.linear.outputs();
-    add_squares(&mut l.squares, dy);
-    dx.resize(dy.len() / outputs * l.linear.inputs, 0.0);
-    product(dy, &l.transposed, outputs, dx);
+/// `dx = dy W`.
+fn back(l: &Linear, dy: &[f32], dx: &mut Vec<f32>) {
+    let outputs = l.outputs();
+    dx.resize(dy.len() / outputs * l.inputs, 0.0);
+    product_back(dy, &l.weight, outputs, dx);
+}
+
+/// `x += scale · norm(branch)`.
+fn add_branch(spec: &Spec, x: &mut [f32], branch: &[f32], norm: &Option<Vec<f32>>, part: &mut Vec<f32>) {
+    let added = normed(branch, norm, spec.rms_eps, part);
+    let n = spec.embed * 16;
+    let pieces = x.par_chunks_mut(n).zip(added.par_chunks(n));
+    pieces.for_each(|(x, b)| kernels::add_scaled(x, b, spec.residual_scale));
 }
 
 /// Rows normed, or as they are where there is no norm.
@@ -302,8 +418,20 @@ fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     });
 }
 
-fn scale(x: &mut [f32], factor: f32) {
+/// `d · factor` in `out`.
+fn scaled_to(d: &[f32], factor: f32, out: &mut Vec<f32>) {
+    out.clear();
+    out.extend_from_slice(d);
     if factor != 1.0 {
-        x.par_chunks_mut(1 << 14).for_each(|x| kernels::scale(x, factor));
+        out.par_chunks_mut(1 << 14).for_each(|x| kernels::scale(x, factor));
     }
+}
+
+/// The same, without a copy where there is nothing to scale.
+fn scaled<'a>(d: &'a [f32], factor: f32, out: &'a mut Vec<f32>) -> &'a [f32] {
+    if factor == 1.0 {
+        return d;
+    }
+    scaled_to(d, factor, out);
+    out
 }

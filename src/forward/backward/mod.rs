@@ -10,20 +10,19 @@
 //! per position is enough: labels are independent, and products of two positions' gradients have no mean.
 //!
 //! The forward pass runs layer by layer over all windows and keeps the stream before each layer ([`Hidden`]); then layers
-//! go from last to first, each computed again and led back batch by batch. Weights of one layer are in memory at a time,
-//! twice (as they are and transposed). All sums have one order: the number of threads changes no bit.
+//! go from last to first, each computed again and led back batch by batch. Weights of one layer are in memory at a time. All sums have one order: the number of threads changes no bit.
 
 mod attention;
 mod head;
-mod kernels;
-mod layer;
+pub mod kernels;
+pub mod layer;
 
 use std::path::Path;
 
 pub use head::Labels;
 
 use self::head::HeadBack;
-use self::layer::{LayerBack, Scratch};
+use self::layer::{Kept, LayerBack, Scratch, Squares};
 use super::layer::Pass;
 use super::rope::RopeTable;
 use super::{Activations, ForwardError, Hidden, Model, Runner, interrupted};
@@ -123,7 +122,7 @@ pub fn fisher_of(
     progress(layers + 1);
 
     let ropes = model.rope_tables(length)?;
-    let mut buffers = Scratch::default();
+    let mut buffers = (Kept::default(), Scratch::default());
     for l in (0..layers).rev() {
         let Some(input) = streams.pop() else { break };
         outputs.push(back.layer(l, &input, &mut gradient, (&ropes.0, &ropes.1, length), &mut buffers)?);
@@ -221,10 +220,11 @@ impl Back<'_> {
         input: &Hidden,
         gradient: &mut Hidden,
         (rope, window_rope, length): (&RopeTable, &RopeTable, usize),
-        buffers: &mut Scratch,
+        (kept, buffers): &mut (Kept, Scratch),
     ) -> Result<Vec<(String, Vec<f64>)>, ForwardError> {
         let n = self.model.spec.embed;
         let mut layer = LayerBack::new(self.model.layer(l, Activations::F32)?, &self.model.spec)?;
+        let mut squares = Squares::new(&layer);
         let pass = Pass { model: self.model, rope, window_rope, activations: Activations::F32, length };
         for (at, here) in self.batches() {
             interrupted()?;
@@ -232,11 +232,12 @@ impl Back<'_> {
             self.d.resize(here * n, 0.0);
             input.read(at * n, &mut self.x)?;
             gradient.read(at * n, &mut self.d)?;
-            layer.run(&pass, &self.x, &mut self.d, buffers);
+            layer.forward(&pass, &self.x, kept, buffers);
+            layer.back(&pass, &self.x, &mut self.d, kept, buffers, &mut squares);
             self.finite(l, at)?;
             gradient.write(at * n, &self.d)?;
         }
-        Ok(layer.into_squares())
+        Ok(squares.joined())
     }
 
     /// Σ g gᵀ of the embedding's rows.

@@ -1,0 +1,167 @@
+//! `--tune`: the blocks of a rounded model, moved against the divergence of its predictions.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::args::ConvertArgs;
+use super::calibrate::{files, pool, state_of};
+use super::steps::Steps;
+use super::{Failure, REFUSED, RESOURCE, print};
+use crate::calibration::windows;
+use crate::forward::Model;
+use crate::gguf::GgmlType;
+use crate::plan::memory::human;
+use crate::plan::{Input, Plan, Recipe};
+use crate::rounding::state::RoundedTensors;
+use crate::tokenizer::encode::TextEncoder;
+use crate::tuning::run::{self, Done, Job, Settings, Watch};
+use crate::tuning::student::Rounded;
+
+/// One window of so many is held out of tuning, but at most [`HELD_OUT_MOST`].
+const HELD_OUT_EVERY: usize = 12;
+const HELD_OUT_MOST: usize = 32;
+
+/// Progress, and what the windows that are held out say.
+struct Progress {
+    steps: Steps,
+    quiet: bool,
+}
+
+impl Watch for Progress {
+    fn step(&mut self, step: usize, loss: f64) {
+        self.steps.message(format!("KLD {loss:.5}"));
+        self.steps.done(step);
+    }
+
+    fn held_out(&mut self, step: usize, loss: f64, best: bool) {
+        if !self.quiet {
+            let word = if best { "" } else { ", not better" };
+            self.steps.line(&format!("step {step}: KLD {loss:.5} on windows held out{word}"));
+        }
+    }
+
+    fn resumed(&mut self, step: usize) {
+        crate::calibration::run::Watch::resumed(&mut self.steps, step);
+    }
+}
+
+/// The tensors as they were rounded, in memory.
+fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, Rounded>, Failure> {
+    let mut all = BTreeMap::new();
+    for t in plan.tensors.iter().filter(|t| t.ty.is_quantized() && t.dims.len() == 2) {
+        let mut bytes = vec![0; t.bytes as usize];
+        if rounded.read(&t.name, t.ty, 0, &mut bytes)? {
+            all.insert(t.name.clone(), Rounded { ty: t.ty, bytes });
+        }
+    }
+    Ok(all)
+}
+
+/// Splits windows of `length` tokens: most to learn from, some, spread evenly, to decide on.
+fn split(tokens: &[u32], length: usize) -> (Vec<u32>, Vec<u32>) {
+    let count = tokens.len() / length;
+    let every = HELD_OUT_EVERY.max(count.div_ceil(HELD_OUT_MOST));
+    let (mut learn, mut decide) = (Vec::new(), Vec::new());
+    for (w, window) in tokens.chunks_exact(length).enumerate() {
+        if w % every == every / 2 { &mut decide } else { &mut learn }.extend_from_slice(window);
+    }
+    (learn, decide)
+}
+
+/// Tunes what was rounded; the tuned tensors take the place of the rounded ones.
+pub fn after(
+    args: &ConvertArgs,
+    recipe: &Recipe,
+    input: &Input,
+    plan: &Plan,
+    tensors: &mut RoundedTensors,
+) -> Result<(), Failure> {
+    let Some(steps) = recipe.tune else { return Ok(()) };
+    let path = args.input.as_deref().expect("required by the parser");
+    let model = Model::new(path, &*input.source, &input.metadata)?;
+    let encoder = TextEncoder::from_metadata(&input.metadata)
+        .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
+    let named = if recipe.tune_text.is_empty() { &recipe.calibrate } else { &recipe.tune_text };
+    let texts = windows::load(&files(named))?;
+    let length = recipe.ctx.unwrap_or(512) as usize;
+    let ids = windows::ids(&encoder, &texts);
+    let tokens = windows::windows(&encoder, &ids, length, None).map_err(|e| Failure::new(REFUSED, e))?;
+    let (learn, decide) = split(&tokens, length);
+    let rounded = rounded_of(plan, tensors)?;
+    let two_bits = plan.tensors.iter().any(|t| t.ty == GgmlType::Q2_K);
+    let settings = Settings::new(steps as usize, two_bits);
+    let latent: u64 = plan.tensors.iter().filter(|t| rounded.contains_key(&t.name)).map(|t| t.elements()).sum();
+    let weights = input.source.tensors().iter().map(|t| t.elements() * 4).sum::<u64>();
+    let batch = settings.batch * length;
+    let least = weights + latent * 14 + crate::tuning::student::least(&model, batch);
+    let kept = crate::tuning::student::kept(&model, batch);
+    let room = args.max_memory.unwrap_or_else(super::round::available_memory);
+    if least > room {
+        return Err(Failure::new(
+            RESOURCE,
+            format!("--tune needs {} of memory for this model; {} are there", human(least), human(room)),
+        ));
+    }
+    let again = least + kept > room;
+    if !args.quiet {
+        print::stderr(&format!(
+            "tuning: {steps} steps of {} windows out of {}, {} held out; at most {} of memory",
+            settings.batch,
+            learn.len() / length,
+            decide.len() / length,
+            human(least + if again { kept / model.spec.layers as u64 } else { kept }),
+        ));
+        let seen = steps as usize * settings.batch * length;
+        if learn.len() < seen / 4 {
+            print::stderr("warning: every window is seen more than four times: more text with --tune-text over-fits less");
+        }
+    }
+    let state = state_of(args.out().expect("a conversion has an output"));
+    let digest = key(&rounded, &[&learn, &decide]);
+    let job = Job {
+        model: &model,
+        tokens: &learn,
+        held_out: &decide,
+        length,
+        rounded: &rounded,
+        settings,
+        key: digest,
+        again,
+        device: args.device,
+        state: &state,
+    };
+    let start = Instant::now();
+    let mut progress = Progress { steps: Steps::new("step", steps as usize, args.quiet), quiet: args.quiet };
+    let pool = pool(args.threads())?;
+    let (done, tuned) = pool.install(|| run::run(&job, &mut progress))?;
+    progress.steps.finish();
+    if !args.quiet {
+        summary(&done, start.elapsed().as_secs_f64());
+    }
+    for (name, ty) in tuned {
+        tensors.replace(&state, &run::tuned(&name), &name, ty)?;
+    }
+    Ok(())
+}
+
+/// Of the blocks and the text that a run starts from.
+fn key(rounded: &BTreeMap<String, Rounded>, texts: &[&[u32]]) -> String {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    for (name, r) in rounded {
+        hash.update(name.as_bytes());
+        hash.update(&r.bytes);
+    }
+    texts.iter().for_each(|t| hash.update(windows::digest(t)));
+    crate::calibration::imatrix::hex(&hash.finalize())
+}
+
+fn summary(done: &Done, seconds: f64) {
+    print::stderr(&format!(
+        "tuned in {seconds:.1} s: KLD {:.5} -> {:.5} on windows held out ({:.3} of it), step {}",
+        done.before,
+        done.after,
+        done.after / done.before,
+        done.step
+    ));
+}

@@ -1,0 +1,233 @@
+//! The loss: Kullback-Leibler divergence of the rounded model's predictions from the float model's, and its gradient.
+
+use rayon::prelude::*;
+
+use super::blocks::{Adam, Parameters};
+use crate::forward::backward::kernels::{rms_norm_back, soft_cap_back};
+use crate::forward::kernels::{self, vectorized};
+use crate::forward::run::Head;
+use crate::forward::{Activations, ForwardError, Model};
+use crate::linalg::{add_cross, product, product_back};
+
+/// Positions whose logits are in memory at a time.
+const ROWS: usize = 512;
+/// What the float model's head may take as f32; where it takes more, it is read part by part.
+const BYTES: u64 = 1 << 30;
+
+/// The final norm of the rounded model and the float model's head.
+pub struct LossHead<'a> {
+    model: &'a Model<'a>,
+    teacher: Head<'a>,
+    pub norm: Parameters,
+}
+
+/// Buffers.
+#[derive(Default)]
+struct Scratch {
+    normed: Vec<f32>,
+    logits: Vec<f32>,
+    wanted: Vec<f32>,
+    d_normed: Vec<f32>,
+}
+
+impl<'a> LossHead<'a> {
+    pub fn new(model: &'a Model<'a>) -> Result<LossHead<'a>, ForwardError> {
+        let norm = super::student::norm_parameters(model.output_norm()?);
+        Ok(LossHead { model, teacher: Head::new(model, Activations::F32, BYTES)?, norm })
+    }
+
+    /// Σ KL over the rows of `x` \[rows, embed\], the rounded model's last stream, with the head `weight` \[vocab, embed\];
+    /// `last` is the float model's.
+    pub fn loss(&mut self, x: &[f32], last: &[f32], weight: &[f32]) -> Result<f64, ForwardError> {
+        let n = self.model.spec.embed * ROWS;
+        let mut s = Scratch::default();
+        let mut sum = 0.0;
+        for (x, last) in x.chunks(n).zip(last.chunks(n)) {
+            self.predictions(x, last, weight, &mut s)?;
+            sum += self.divergences(&mut s, 0.0);
+        }
+        Ok(sum)
+    }
+
+    /// The mean KL; its gradient at `x` in `d`, at the head's weight added to `d_weight` (where it is wanted), at the norm
+    /// as a step of it.
+    pub fn back(
+        &mut self,
+        x: &[f32],
+        last: &[f32],
+        weight: &[f32],
+        d: &mut [f32],
+        mut d_weight: Option<&mut [f32]>,
+        adam: &Adam,
+    ) -> Result<f64, ForwardError> {
+        let (embed, vocab) = (self.model.spec.embed, self.model.vocab);
+        let n = embed * ROWS;
+        let count = x.len() / embed;
+        let mut s = Scratch::default();
+        let mut sum = 0.0;
+        let mut d_norm = vec![0f32; embed];
+        for ((x, last), d) in x.chunks(n).zip(last.chunks(n)).zip(d.chunks_mut(n)) {
+            self.predictions(x, last, weight, &mut s)?;
+            sum += self.divergences(&mut s, 1.0 / count as f32);
+            s.d_normed.resize(x.len(), 0.0);
+            product_back(&s.logits, weight, vocab, &mut s.d_normed);
+            if let Some(d_weight) = &mut d_weight {
+                add_cross(d_weight, &s.logits, &s.normed, x.len() / embed, embed);
+            }
+            let (norm, eps) = (&self.norm.values, self.model.spec.rms_eps);
+            d.par_chunks_mut(embed)
+                .zip(x.par_chunks(embed))
+                .zip(s.d_normed.par_chunks(embed))
+                .for_each(|((d, x), dy)| rms_norm_back(x, norm, eps, dy, d));
+            add_norm_gradient(x, eps, &s.d_normed, &mut d_norm);
+        }
+        d_norm.iter().enumerate().for_each(|(i, g)| self.norm.step(i, *g, adam));
+        Ok(sum / count as f64)
+    }
+
+    /// Logits of both models; of the rounded one the head's input as well.
+    fn predictions(&mut self, x: &[f32], last: &[f32], weight: &[f32], s: &mut Scratch) -> Result<(), ForwardError> {
+        let spec = &self.model.spec;
+        s.wanted.clear();
+        let mut rows = last.to_vec();
+        self.teacher.logits(&mut rows, &mut s.wanted, &mut ())?;
+        s.normed.resize(x.len(), 0.0);
+        let n = spec.embed;
+        s.normed
+            .par_chunks_mut(n)
+            .zip(x.par_chunks(n))
+            .for_each(|(out, x)| kernels::rms_norm(x, &self.norm.values, spec.rms_eps, out));
+        s.logits.resize(x.len() / n * self.model.vocab, 0.0);
+        product(&s.normed, weight, n, &mut s.logits);
+        if spec.logit_scale != 1.0 || spec.final_soft_cap.is_some() {
+            s.logits.par_chunks_mut(self.model.vocab).for_each(|row| {
+                if spec.logit_scale != 1.0 {
+                    kernels::scale(row, spec.logit_scale);
+                }
+                if let Some(cap) = spec.final_soft_cap {
+                    kernels::soft_cap(row, cap);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// The sum of the divergences; logits become the gradients of `weight` times it at the outputs of the head's product.
+    fn divergences(&self, s: &mut Scratch, weight: f32) -> f64 {
+        let spec = &self.model.spec;
+        let vocab = self.model.vocab;
+        let rows = s.logits.par_chunks_mut(vocab).zip(s.wanted.par_chunks_mut(vocab));
+        let sums: Vec<f64> = rows
+            .map_init(Vec::new, |capped, (row, wanted)| {
+                if spec.final_soft_cap.is_some() {
+                    capped.clear();
+                    capped.extend_from_slice(row);
+                }
+                let divergence = divergence(row, wanted);
+                if weight != 0.0 {
+                    row.iter_mut().zip(&*wanted).for_each(|(q, p)| *q = (*q - p) * weight);
+                    if let Some(cap) = spec.final_soft_cap {
+                        soft_cap_back(capped, cap, row);
+                    }
+                    if spec.logit_scale != 1.0 {
+                        kernels::scale(row, spec.logit_scale);
+                    }
+                }
+                divergence
+            })
+            .collect();
+        sums.iter().sum()
+    }
+}
+
+/// Σ p (log p - log q) of the softmaxes of two rows of logits, which both rows become.
+fn divergence(student: &mut [f32], teacher: &mut [f32]) -> f64 {
+    let (mut q, mut p) = (student.to_vec(), teacher.to_vec());
+    let (lse_q, lse_p) = (log_sum_exp(student), log_sum_exp(teacher));
+    kernels::softmax(&mut q);
+    kernels::softmax(&mut p);
+    let divergence = difference_along(teacher, student, &p) - lse_p + lse_q;
+    student.copy_from_slice(&q);
+    teacher.copy_from_slice(&p);
+    divergence
+}
+
+/// log Σ exp.
+fn log_sum_exp(row: &[f32]) -> f64 {
+    let largest = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    f64::from(largest) + sum_exp(row, largest).ln()
+}
+
+vectorized! {
+    /// Σ exp(x - largest).
+    pub fn sum_exp(row: &[f32], largest: f32) -> f64 {
+        let mut lanes = [0f64; 16];
+        let (whole, rest) = row.as_chunks::<16>();
+        for x in whole {
+            for i in 0..16 {
+                lanes[i] += f64::from(kernels::exp(x[i] - largest));
+            }
+        }
+        lanes.iter().sum::<f64>() + rest.iter().map(|x| f64::from(kernels::exp(x - largest))).sum::<f64>()
+    }
+}
+
+vectorized! {
+    /// Σ p (a - b).
+    pub fn difference_along(a: &[f32], b: &[f32], p: &[f32]) -> f64 {
+        let mut lanes = [0f64; 16];
+        let (a16, b16, p16) = (a.as_chunks::<16>(), b.as_chunks::<16>(), p.as_chunks::<16>());
+        for ((a, b), p) in a16.0.iter().zip(b16.0).zip(p16.0) {
+            for i in 0..16 {
+                lanes[i] += f64::from(p[i]) * f64::from(a[i] - b[i]);
+            }
+        }
+        let rest = a16.1.iter().zip(b16.1).zip(p16.1).map(|((a, b), p)| f64::from(*p) * f64::from(a - b));
+        lanes.iter().sum::<f64>() + rest.sum::<f64>()
+    }
+}
+
+/// Adds the gradient of a norm's weight, Σ_t dy_t x_t / rms(x_t), to `out`; rows of `out.len()` values.
+pub fn add_norm_gradient(x: &[f32], eps: f32, dy: &[f32], out: &mut [f32]) {
+    let n = out.len();
+    let inverse: Vec<f32> = x
+        .par_chunks(n)
+        .map(|row| {
+            let squares: f64 = row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+            (1.0 / (squares / n as f64 + f64::from(eps)).sqrt()) as f32
+        })
+        .collect();
+    const COLUMNS: usize = 64;
+    out.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, out)| {
+        for ((x, dy), r) in x.chunks_exact(n).zip(dy.chunks_exact(n)).zip(&inverse) {
+            let from = i * COLUMNS;
+            for ((o, x), dy) in out.iter_mut().zip(&x[from..]).zip(&dy[from..]) {
+                *o += dy * x * r;
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_divergence_is_the_textbook_one() {
+        let a: Vec<f32> = (0..37).map(|i| ((i * 7919) % 101) as f32 / 20.0).collect();
+        let b: Vec<f32> = (0..37).map(|i| ((i * 104_729) % 97) as f32 / 25.0).collect();
+        let soft = |x: &[f32]| -> Vec<f64> {
+            let e: Vec<f64> = x.iter().map(|v| f64::from(*v).exp()).collect();
+            let s: f64 = e.iter().sum();
+            e.iter().map(|v| v / s).collect()
+        };
+        let (q, p) = (soft(&a), soft(&b));
+        let want: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
+        let (mut student, mut teacher) = (a.clone(), b.clone());
+        let got = divergence(&mut student, &mut teacher);
+        assert!((got - want).abs() < 1e-5 * want, "{got} {want}");
+        assert!(student.iter().zip(&q).all(|(s, q)| (f64::from(*s) - q).abs() < 1e-6));
+        let mut same = b.clone();
+        assert!(divergence(&mut same, &mut b.clone()).abs() < 1e-6);
+    }
+}

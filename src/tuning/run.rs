@@ -1,0 +1,262 @@
+//! A tuning run: batches in a seeded order, rates that fall linearly, windows that decide which step is kept.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::TuningError;
+use super::blocks::Adam;
+use super::engine::{Engine, Processor};
+use super::student::{Rounded, Student};
+use crate::forward::{Model, interrupted};
+use crate::gguf::GgmlType;
+use crate::rounding::state;
+
+/// How to tune.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub steps: usize,
+    /// Windows of a step.
+    pub batch: usize,
+    /// Relative step of scales, minima and norms, at the start.
+    pub rate: f32,
+    /// Step of codes, in levels, at the start.
+    pub code_rate: f32,
+    /// Codes of types with at most so many levels are tuned.
+    pub latent: u32,
+    pub seed: u64,
+    /// Steps between two looks at the windows that are held out.
+    pub every: usize,
+}
+
+impl Settings {
+    /// What measured best: see docs/quality.md. `bits`: of the coarsest type of the layers.
+    pub fn new(steps: usize, two_bits: bool) -> Settings {
+        let code_rate = if two_bits { 5e-3 } else { 2e-3 };
+        Settings { steps, batch: 8, rate: 5e-4, code_rate, latent: 16, seed: 1, every: (steps / 12).clamp(10, 50) }
+    }
+}
+
+/// Where to tune.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Device {
+    #[default]
+    Cpu,
+    Cuda,
+}
+
+/// What to tune.
+pub struct Job<'a> {
+    pub model: &'a Model<'a>,
+    /// Whole windows of `length` tokens to learn from, and some to decide on.
+    pub tokens: &'a [u32],
+    pub held_out: &'a [u32],
+    pub length: usize,
+    /// The tensors that were rounded.
+    pub rounded: &'a BTreeMap<String, Rounded>,
+    pub settings: Settings,
+    /// Of everything that the result depends on beside the settings.
+    pub key: String,
+    pub again: bool,
+    pub device: Device,
+    pub state: &'a Path,
+}
+
+/// What a run says of itself.
+pub trait Watch {
+    /// `step` steps are done; the mean divergence of the last.
+    fn step(&mut self, step: usize, loss: f64);
+    /// The divergence on windows that are held out, and whether it is the least so far.
+    fn held_out(&mut self, step: usize, loss: f64, best: bool);
+    fn resumed(&mut self, step: usize);
+}
+
+/// What tuning brought.
+#[derive(Clone, Copy, Debug)]
+pub struct Done {
+    /// Divergence on the windows held out, before and after.
+    pub before: f64,
+    pub after: f64,
+    /// The step that was kept.
+    pub step: usize,
+}
+
+/// The head of `tuning.state`; after it all values of [`Student::state`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Kept {
+    version: String,
+    key: String,
+    settings: Settings,
+    step: usize,
+    before: f64,
+    best: f64,
+    best_step: usize,
+}
+
+/// Where the run's numbers are.
+fn state_path(folder: &Path) -> PathBuf {
+    folder.join("tuning.state")
+}
+
+/// The name under which a tuned tensor lies in the state folder.
+pub fn tuned(name: &str) -> String {
+    format!("tuned.{name}")
+}
+
+/// Tunes; the blocks of the best step are then in the state folder under [`tuned`] names.
+pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, GgmlType)>), TuningError> {
+    let s = &job.settings;
+    let windows = job.tokens.len() / job.length;
+    if windows == 0 || job.held_out.len() < job.length {
+        return Err(TuningError::Refused(format!("{windows} windows are too few; give more text")));
+    }
+    let student = Student::new(job.model, job.rounded, s.latent, job.again)?;
+    let mut engine = engine(job, student)?;
+    let mut kept = Kept {
+        version: env!("CARGO_PKG_VERSION").into(),
+        key: job.key.clone(),
+        settings: s.clone(),
+        step: 0,
+        before: 0.0,
+        best: f64::INFINITY,
+        best_step: 0,
+    };
+    if load(job, &mut kept, engine.pull()?)? {
+        engine.push()?;
+        watch.resumed(kept.step);
+    }
+    if kept.step == 0 {
+        kept.before = engine.loss(job.held_out)?;
+        (kept.best, kept.best_step) = (kept.before, 0);
+        keep_bytes(job, engine.pull()?)?;
+        watch.held_out(0, kept.before, true);
+    }
+    let mut batch = Vec::new();
+    for step in kept.step + 1..=s.steps {
+        interrupted()?;
+        batch.clear();
+        for i in 0..s.batch {
+            let w = window((step - 1) * s.batch + i, windows, s.seed);
+            batch.extend_from_slice(&job.tokens[w * job.length..][..job.length]);
+        }
+        let left = 1.0 - (step - 1) as f32 / s.steps as f32;
+        let adam = Adam::new(step, s.rate * left, s.code_rate * left);
+        let loss = engine.step(&batch, &adam)?;
+        if !loss.is_finite() {
+            return Err(TuningError::Refused(format!("the loss is {loss} at step {step}")));
+        }
+        watch.step(step, loss);
+        if step % s.every == 0 || step == s.steps {
+            let loss = engine.loss(job.held_out)?;
+            let best = loss < kept.best;
+            if best {
+                (kept.best, kept.best_step) = (loss, step);
+                keep_bytes(job, engine.pull()?)?;
+            }
+            watch.held_out(step, loss, best);
+            kept.step = step;
+            save(job, &kept, engine.pull()?)?;
+        }
+    }
+    let tensors = engine.pull()?.bytes().into_iter().map(|(name, ty, _)| (name, ty)).collect();
+    Ok((Done { before: kept.before, after: kept.best, step: kept.best_step }, tensors))
+}
+
+/// What carries the steps out.
+fn engine<'a>(job: &Job<'a>, student: Student<'a>) -> Result<Box<dyn Engine<'a> + 'a>, TuningError> {
+    match job.device {
+        Device::Cpu => Ok(Box::new(Processor::new(job.model, student, job.length, job.settings.batch)?)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda => Ok(Box::new(super::cuda::Gpu::new(student, job.length, job.settings.batch)?)),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda => Err(TuningError::Device("this program was built without the feature `cuda`".into())),
+    }
+}
+
+/// Window number `i` of an endless run through `windows` of them, in a new order each time.
+fn window(i: usize, windows: usize, seed: u64) -> usize {
+    let (epoch, at) = ((i / windows) as u64, i % windows);
+    let mut order: Vec<u32> = (0..windows as u32).collect();
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (epoch + 1).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    // Fisher and Yates, with SplitMix64
+    for k in (1..windows).rev() {
+        x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = x;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        order.swap(k, ((z ^ (z >> 31)) % (k as u64 + 1)) as usize);
+    }
+    order[at] as usize
+}
+
+/// Writes the tensors as they are now.
+fn keep_bytes(job: &Job<'_>, student: &Student<'_>) -> Result<(), TuningError> {
+    for (name, _, bytes) in student.bytes() {
+        state::write_blocks(job.state, &tuned(&name), &bytes)?;
+    }
+    Ok(())
+}
+
+fn save(job: &Job<'_>, kept: &Kept, student: &mut Student<'_>) -> Result<(), TuningError> {
+    let path = state_path(job.state);
+    let new = path.with_extension("new");
+    let mut write = || {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(&new)?);
+        let head = serde_json::to_vec(kept).expect("plain data");
+        out.write_all(&(head.len() as u64).to_le_bytes())?;
+        out.write_all(&head)?;
+        for values in student.state() {
+            out.write_all(bytemuck::cast_slice(values))?;
+        }
+        out.into_inner()?.sync_data()?;
+        std::fs::rename(&new, &path)
+    };
+    write().map_err(|source| TuningError::Io { file: path.clone(), source })
+}
+
+/// Takes up what is there, if it belongs to this run.
+fn load(job: &Job<'_>, kept: &mut Kept, student: &mut Student<'_>) -> Result<bool, TuningError> {
+    let path = state_path(job.state);
+    let Ok(file) = File::open(&path) else { return Ok(false) };
+    let length = file.metadata().map_or(0, |m| m.len());
+    let mut file = BufReader::with_capacity(1 << 20, file);
+    let mut size = [0u8; 8];
+    if file.read_exact(&mut size).is_err() || u64::from_le_bytes(size) > length.min(1 << 20) {
+        return Ok(false);
+    }
+    let mut head = vec![0; u64::from_le_bytes(size) as usize];
+    let found: Option<Kept> = file.read_exact(&mut head).ok().and_then(|()| serde_json::from_slice(&head).ok());
+    let Some(found) = found else { return Ok(false) };
+    let same = (&found.version, &found.key, &found.settings) == (&kept.version, &kept.key, &kept.settings);
+    let values: usize = student.state().iter().map(|v| v.len()).sum();
+    if !same || length != (8 + head.len() + values * 4) as u64 {
+        return Ok(false);
+    }
+    for values in student.state() {
+        let read = file.read_exact(bytemuck::cast_slice_mut(values));
+        read.map_err(|source| TuningError::Io { file: path.clone(), source })?;
+    }
+    student.refresh();
+    *kept = found;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_window_comes_once_an_epoch() {
+        for epoch in 0..3 {
+            let mut seen: Vec<usize> = (0..37).map(|i| window(epoch * 37 + i, 37, 5)).collect();
+            let order = seen.clone();
+            seen.sort_unstable();
+            assert!(seen.into_iter().eq(0..37));
+            let next: Vec<usize> = (0..37).map(|i| window((epoch + 1) * 37 + i, 37, 5)).collect();
+            assert_ne!(order, next);
+        }
+    }
+}
