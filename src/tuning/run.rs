@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +97,12 @@ struct Kept {
     best_step: usize,
 }
 
+/// Time between two states that are kept.
+const SAVE_EVERY: Duration = Duration::from_secs(60);
+
+/// Name, type and bytes of a tensor.
+type Tensor = (String, GgmlType, Vec<u8>);
+
 /// Where the run's numbers are.
 fn state_path(folder: &Path) -> PathBuf {
     folder.join("tuning.state")
@@ -128,10 +135,12 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
         engine.push()?;
         watch.resumed(kept.step);
     }
+    let mut best_bytes = Vec::new();
+    let mut saved = Instant::now();
     if kept.step == 0 {
         kept.before = engine.loss(job.held_out)?;
         (kept.best, kept.best_step) = (kept.before, 0);
-        keep_bytes(job, engine.pull()?)?;
+        best_bytes = engine.pull()?.bytes();
         watch.held_out(0, kept.before, true);
     }
     let mut batch = Vec::new();
@@ -152,15 +161,24 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
         if step % s.every == 0 || step == s.steps {
             let loss = engine.loss(job.held_out)?;
             let best = loss < kept.best;
-            if best {
-                (kept.best, kept.best_step) = (loss, step);
-                keep_bytes(job, engine.pull()?)?;
+            let keep = saved.elapsed() >= SAVE_EVERY && step < s.steps;
+            if best || keep {
+                let student = engine.pull()?;
+                if best {
+                    (kept.best, kept.best_step) = (loss, step);
+                    best_bytes = student.bytes();
+                }
+                if keep {
+                    kept.step = step;
+                    write_best(job, &mut best_bytes)?;
+                    save(job, &kept, student)?;
+                    saved = Instant::now();
+                }
             }
             watch.held_out(step, loss, best);
-            kept.step = step;
-            save(job, &kept, engine.pull()?)?;
         }
     }
+    write_best(job, &mut best_bytes)?;
     let tensors = engine.pull()?.bytes().into_iter().map(|(name, ty, _)| (name, ty)).collect();
     Ok((Done { before: kept.before, after: kept.best, step: kept.best_step }, tensors))
 }
@@ -192,9 +210,9 @@ fn window(i: usize, windows: usize, seed: u64) -> usize {
     order[at] as usize
 }
 
-/// Writes the tensors as they are now.
-fn keep_bytes(job: &Job<'_>, student: &Student<'_>) -> Result<(), TuningError> {
-    for (name, _, bytes) in student.bytes() {
+/// Writes the tensors of the best step, if they are not written yet.
+fn write_best(job: &Job<'_>, tensors: &mut Vec<Tensor>) -> Result<(), TuningError> {
+    for (name, _, bytes) in tensors.drain(..) {
         state::write_blocks(job.state, &tuned(&name), &bytes)?;
     }
     Ok(())

@@ -36,7 +36,7 @@ __device__ float block_max(float v) {
     if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
     __syncthreads();
     if (threadIdx.x < 32) {
-        float p = threadIdx.x < (blockDim.x + 31) / 32 ? parts[threadIdx.x] : -INFINITY;
+        float p = threadIdx.x < (blockDim.x + 31) / 32 ? parts[threadIdx.x] : -3.4e38f;
         p = warp_max(p);
         if (threadIdx.x == 0) parts[32] = p;
     }
@@ -122,7 +122,7 @@ extern "C" __global__ void rope(
 extern "C" __global__ void softmax(float *s, int length, float scale) {
     int seen = blockIdx.x % length + 1;
     float *row = s + (size_t)blockIdx.x * length;
-    float top = -INFINITY;
+    float top = -3.4e38f;
     for (int i = threadIdx.x; i < seen; i += blockDim.x) top = fmaxf(top, row[i]);
     top = block_max(top);
     float sum = 0.0f;
@@ -180,7 +180,7 @@ extern "C" __global__ void add_bias(float *x, const float *b, int n, int count) 
 extern "C" __global__ void divergence(double *sums, float *q, const float *p, int vocab, float scale, float weight) {
     float *a = q + (size_t)blockIdx.x * vocab;
     const float *b = p + (size_t)blockIdx.x * vocab;
-    float top_a = -INFINITY, top_b = -INFINITY;
+    float top_a = -3.4e38f, top_b = -3.4e38f;
     for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
         top_a = fmaxf(top_a, a[i]);
         top_b = fmaxf(top_b, b[i]);
