@@ -246,6 +246,7 @@ impl Cuda {
     }
 
     /// As the three above, for `count` matrices each: an address, the length of a row, the distance to the next matrix.
+    #[allow(clippy::too_many_arguments)]
     pub fn batched(
         &self,
         kind: Kind,
