@@ -182,7 +182,7 @@ fn tile(
     Ok((error, plain_errors.iter().sum(), worse))
 }
 
-/// Types with a vector codebook: ggml's search on a super-block at a time, errors carried to the later ones.
+/// IQ1, whose points have shifts: ggml's search on a super-block at a time, errors carried to the later ones.
 fn panels(ty: GgmlType, target: &[f32], f: &Factor, bytes: &mut [u8], values: &mut [f32]) -> Result<(), RoundingError> {
     let n = f.n;
     let rows = target.len() / n;
