@@ -113,7 +113,9 @@ pub fn after(
         ));
         let seen = steps as usize * settings.batch * length;
         if learn.len() < seen / 4 {
-            print::stderr("warning: every window is seen more than four times: more text with --tune-text over-fits less");
+            print::stderr(
+                "warning: every window is seen more than four times: more text with --tune-text over-fits less",
+            );
         }
     }
     let state = state_of(args.out().expect("a conversion has an output"));

@@ -216,8 +216,8 @@ pub fn head(ty: GgmlType, block: &[u8]) -> Head {
         TQ1_0 | TQ2_0 => h.d = word(block.len() - 2),
         Q2_K => {
             (h.d, h.m) = (word(80), word(82));
-            for j in 0..16 {
-                (h.scales[j], h.offsets[j]) = ((block[j] & 15).into(), (block[j] >> 4).into());
+            for (j, b) in block[..16].iter().enumerate() {
+                (h.scales[j], h.offsets[j]) = ((b & 15).into(), (b >> 4).into());
             }
         }
         Q3_K => {

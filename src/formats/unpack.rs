@@ -55,7 +55,15 @@ pub fn unpack(ty: GgmlType, block: &[u8], p: &mut OwnedParts) {
         MXFP4 => {
             p.d = u16::from(block[0]);
             nibbles(&block[1..], 32, &mut p.codes);
-            p.codes.iter_mut().for_each(|c| *c = if *c > 8 { 15 - *c } else if *c == 8 { 7 } else { *c + 7 });
+            p.codes.iter_mut().for_each(|c| {
+                *c = if *c > 8 {
+                    15 - *c
+                } else if *c == 8 {
+                    7
+                } else {
+                    *c + 7
+                }
+            });
         }
         Q2_K => {
             for (j, b) in block[..16].iter().enumerate() {

@@ -55,10 +55,10 @@ type Square = [[f64; UNIT]; UNIT];
 impl Norm {
     fn new(r: &Square, dim: usize) -> Norm {
         let mut norm = Norm::default();
-        for i in 0..UNIT {
+        for (i, row) in r.iter().enumerate() {
             let end = (i / dim + 1) * dim;
-            norm.lengths[i] = r[i][..end].iter().map(|v| v * v).sum::<f64>() as f32;
-            norm.r[i] = r[i].map(|v| v as f32);
+            norm.lengths[i] = row[..end].iter().map(|v| v * v).sum::<f64>() as f32;
+            norm.r[i] = row.map(|v| v as f32);
         }
         norm
     }
@@ -127,11 +127,9 @@ impl Norms {
 fn scan<const K: usize, const EVEN: bool>(c: &Codebook, norm: &Norm, at: usize, t: &[f32; K], scale: f32) -> [u16; 2] {
     let mut r = [[0f32; K]; K];
     let mut lengths = [0f32; K];
-    for i in 0..K {
+    for (i, row) in r.iter_mut().enumerate() {
         lengths[i] = 4.0 * norm.lengths[at + i];
-        for j in 0..K {
-            r[i][j] = norm.r[at + i][at + j];
-        }
+        row.copy_from_slice(&norm.r[at + i][at..at + K]);
     }
     let mut best = [[f32::MAX; LANES]; 2];
     let mut place = [[0u32; LANES]; 2];
@@ -198,39 +196,34 @@ fn scan<const K: usize, const EVEN: bool>(c: &Codebook, norm: &Norm, at: usize, 
 /// Signs of a point as [`scan`] decides them; `odd`: what the number of minus signs must be, if it must.
 #[inline(always)]
 fn place<const K: usize>(
-    c: &Codebook,
-    norm: &Norm,
-    at: usize,
+    (c, norm, at): (&Codebook, &Norm, usize),
     t: &[f32; K],
     scale: f32,
-    point: u16,
-    odd: Option<bool>,
+    (point, odd): (u16, Option<bool>),
     out: &mut Chosen,
 ) {
     let magnitudes = c.magnitudes(point);
+    let row = |i: usize| &norm.r[at + i][at..at + K];
     let (mut v, mut z) = ([0f32; K], *t);
     let mut signs = 0u8;
     for j in 0..K {
-        v[j] = (scale * magnitudes[j]).copysign(z[j]);
-        signs |= u8::from(v[j].is_sign_negative()) << j;
-        for k in j..K {
-            z[k] -= v[j] * norm.r[at + j][at + k];
-        }
+        let value = (scale * magnitudes[j]).copysign(z[j]);
+        signs |= u8::from(value.is_sign_negative()) << j;
+        z[j..].iter_mut().zip(&row(j)[j..]).for_each(|(z, r)| *z -= value * r);
+        v[j] = value;
     }
     if odd.is_some_and(|odd| odd != (signs.count_ones() % 2 == 1)) {
         let mut least = (f32::MAX, 0);
-        for i in 0..K {
-            let along: f32 = (i..K).map(|j| z[j] * norm.r[at + i][at + j]).sum();
-            let turn = v[i] * (4.0 * along + v[i] * 4.0 * norm.lengths[at + i]);
+        for (i, v) in v.iter().enumerate() {
+            let along: f32 = z[i..].iter().zip(&row(i)[i..]).map(|(z, r)| z * r).sum();
+            let turn = v * (4.0 * along + v * 4.0 * norm.lengths[at + i]);
             if turn < least.0 {
                 least = (turn, i);
             }
         }
         let i = least.1;
         signs ^= 1 << i;
-        for k in i..K {
-            z[k] += 2.0 * v[i] * norm.r[at + i][at + k];
-        }
+        z[i..].iter_mut().zip(&row(i)[i..]).for_each(|(z, r)| *z += 2.0 * v[i] * r);
         v[i] = -v[i];
     }
     out.points[at / K] = point;
@@ -246,28 +239,26 @@ pub fn nearest<const K: usize, const EVEN: bool>(c: &Codebook, norm: &Norm, w: &
     let parts = if EVEN { UNIT / K } else { 1 };
     let mut t = [0f32; UNIT];
     for (i, w) in w[..parts * K].iter().enumerate() {
-        for j in i..parts * K {
-            t[j] += w * norm.r[i][j];
-        }
+        t[i..parts * K].iter_mut().zip(&norm.r[i][i..]).for_each(|(t, r)| *t += w * r);
     }
     let first: [f32; K] = *t.first_chunk().expect("K of eight");
     let found = scan::<K, EVEN>(c, norm, 0, &first, scale);
     if parts == 1 {
         let mut out = Chosen::default();
-        place(c, norm, 0, &first, scale, found[0], EVEN.then_some(false), &mut out);
+        place((c, norm, 0), &first, scale, (found[0], EVEN.then_some(false)), &mut out);
         return out;
     }
     let mut best = Chosen { cost: f32::MAX, ..Chosen::default() };
     for odd in [false, true] {
         let mut out = Chosen::default();
-        place(c, norm, 0, &first, scale, found[usize::from(odd)], Some(odd), &mut out);
+        place((c, norm, 0), &first, scale, (found[usize::from(odd)], Some(odd)), &mut out);
         let mut second = [0f32; K];
         for j in 0..K {
             let before: f32 = (0..K).map(|i| out.values[i] * norm.r[i][K + j]).sum();
             second[j] = t[K + j] - before;
         }
         let point = scan::<K, EVEN>(c, norm, K, &second, scale)[usize::from(odd)];
-        place(c, norm, K, &second, scale, point, Some(odd), &mut out);
+        place((c, norm, K), &second, scale, (point, Some(odd)), &mut out);
         if out.cost < best.cost {
             best = out;
         }

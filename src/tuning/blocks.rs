@@ -256,7 +256,8 @@ impl Blocks {
                 Offsets::Ints { hi } => ints(&self.offsets, 0, hi),
                 _ => vec![0; subs],
             };
-            let codes: Vec<u8> = self.codes[b * g.block..][..g.block].iter().map(|t| self.levels.nearest(*t).1).collect();
+            let codes: Vec<u8> =
+                self.codes[b * g.block..][..g.block].iter().map(|t| self.levels.nearest(*t).1).collect();
             let d = match g.scales {
                 // a power of two, half of 2^(e - 127); the two smallest are denormal
                 Scales::E8M0 => (0..=254u16).find(|&e| g.scale_of(e) == self.d.values[b]).unwrap_or(0),

@@ -202,7 +202,15 @@ impl LayerBack {
     }
 
     /// `d`, the gradient at the layer's output, becomes that at its input `x`; both `[tokens, embed]`. Uses up what is kept.
-    pub fn back(&mut self, pass: &Pass<'_>, x: &[f32], d: &mut [f32], k: &mut Kept, s: &mut Scratch, sink: &mut dyn Sink) {
+    pub fn back(
+        &mut self,
+        pass: &Pass<'_>,
+        x: &[f32],
+        d: &mut [f32],
+        k: &mut Kept,
+        s: &mut Scratch,
+        sink: &mut dyn Sink,
+    ) {
         self.feed_forward_back(pass, d, k, s, sink);
         self.attention_back(pass, x, d, k, s, sink);
     }
@@ -239,7 +247,14 @@ impl LayerBack {
         activate(spec.activation, &mut s.hidden, &k.up);
     }
 
-    fn feed_forward_back(&mut self, pass: &Pass<'_>, d: &mut [f32], k: &mut Kept, s: &mut Scratch, sink: &mut dyn Sink) {
+    fn feed_forward_back(
+        &mut self,
+        pass: &Pass<'_>,
+        d: &mut [f32],
+        k: &mut Kept,
+        s: &mut Scratch,
+        sink: &mut dyn Sink,
+    ) {
         let spec = &pass.model.spec;
         self.hidden(spec, k, s);
         if let Some(w) = &mut self.ffn_post_norm {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N as N, CUBLAS_OP_T as T};
 use cudarc::cublas::{CudaBlas, result as blas};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+};
 
 use crate::tuning::TuningError;
 
@@ -56,8 +58,23 @@ pub struct Cuda {
 }
 
 const KERNELS: [&str; 17] = [
-    "embed", "scatter", "rms_norm", "rms_norm_back", "norm_gradient", "rope", "softmax", "softmax_back", "silu_mul",
-    "silu_mul_back", "add", "scaled", "add_bias", "divergence", "step_norm", "step_blocks", "fill",
+    "embed",
+    "scatter",
+    "rms_norm",
+    "rms_norm_back",
+    "norm_gradient",
+    "rope",
+    "softmax",
+    "softmax_back",
+    "silu_mul",
+    "silu_mul_back",
+    "add",
+    "scaled",
+    "add_bias",
+    "divergence",
+    "step_norm",
+    "step_blocks",
+    "fill",
 ];
 
 fn failed(what: &str, e: impl std::fmt::Debug) -> TuningError {
@@ -182,7 +199,14 @@ impl Cuda {
     }
 
     /// `out[m, n] = a[t, m]ᵀ b[t, n] + beta out`.
-    pub fn cross(&self, out: Ptr, a: Ptr, b: Ptr, (m, n, t): (usize, usize, usize), beta: f32) -> Result<(), TuningError> {
+    pub fn cross(
+        &self,
+        out: Ptr,
+        a: Ptr,
+        b: Ptr,
+        (m, n, t): (usize, usize, usize),
+        beta: f32,
+    ) -> Result<(), TuningError> {
         self.gemm((N, T), (n, m, t), 1.0, (b, n), (a, m), beta, (out, n))
     }
 
@@ -202,8 +226,20 @@ impl Cuda {
         // SAFETY: the shapes are those of the buffers, which the callers in this module made for them.
         unsafe {
             blas::sgemm(
-                *self.blas.handle(), ta, tb, i(m), i(n), i(k), &alpha, a as *const f32, i(lda), b as *const f32, i(ldb),
-                &beta, c as *mut f32, i(ldc),
+                *self.blas.handle(),
+                ta,
+                tb,
+                i(m),
+                i(n),
+                i(k),
+                &alpha,
+                a as *const f32,
+                i(lda),
+                b as *const f32,
+                i(ldb),
+                &beta,
+                c as *mut f32,
+                i(ldc),
             )
         }
         .map_err(|e| failed("cuBLAS", e))
@@ -229,8 +265,24 @@ impl Cuda {
         // SAFETY: as above.
         unsafe {
             blas::sgemm_strided_batched(
-                *self.blas.handle(), ta, tb, i(n), i(m), i(k), &alpha, b.0 as *const f32, i(b.1), l(b.2), a.0 as *const f32,
-                i(a.1), l(a.2), &beta, out.0 as *mut f32, i(out.1), l(out.2), i(count),
+                *self.blas.handle(),
+                ta,
+                tb,
+                i(n),
+                i(m),
+                i(k),
+                &alpha,
+                b.0 as *const f32,
+                i(b.1),
+                l(b.2),
+                a.0 as *const f32,
+                i(a.1),
+                l(a.2),
+                &beta,
+                out.0 as *mut f32,
+                i(out.1),
+                l(out.2),
+                i(count),
             )
         }
         .map_err(|e| failed("cuBLAS", e))

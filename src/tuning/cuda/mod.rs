@@ -217,7 +217,8 @@ impl<'a> Engine<'a> for Gpu<'a> {
 
     fn pull(&mut self) -> Result<&mut Student<'a>, TuningError> {
         let (gpu, s) = (&self.gpu, &mut self.student);
-        for (table, device) in [(Some(&mut s.embedding), &self.network.embedding), (s.output.as_mut(), &self.network.output)]
+        for (table, device) in
+            [(Some(&mut s.embedding), &self.network.embedding), (s.output.as_mut(), &self.network.output)]
         {
             if let (Some(table), Some(d)) = (table, device)
                 && let (Some(b), Some(d)) = (&mut table.blocks, &d.blocks)

@@ -82,7 +82,8 @@ impl Weight {
     pub fn push(&mut self, gpu: &Cuda, blocks: Option<&mut Blocks>) -> Result<(), TuningError> {
         if let (Some(d), Some(b)) = (&mut self.blocks, blocks) {
             d.push(gpu, b)?;
-            let none = AdamArg { beta1: 0.0, beta2: 0.0, correction1: 1.0, correction2: 1.0, rate: 0.0, code_rate: 0.0 };
+            let none =
+                AdamArg { beta1: 0.0, beta2: 0.0, correction1: 1.0, correction2: 1.0, rate: 0.0, code_rate: 0.0 };
             d.step(gpu, 0, self.w.ptr(), none)?;
         }
         Ok(())
@@ -322,7 +323,11 @@ impl Network {
             let norms = f.norms.each_ref().map(|b| b.as_ref().map(Buffer::ptr));
             let w = Weights { linears: &f.linears, norms, rotates: f.rotates };
             self.layer(gpu, &w, self.s.teacher.ptr(), &self.once, rows)?;
-            gpu.each("scaled", rows * n, &[P(self.s.teacher.ptr()), P(self.once.out.ptr()), F(1.0), I((rows * n) as i32)])?;
+            gpu.each(
+                "scaled",
+                rows * n,
+                &[P(self.s.teacher.ptr()), P(self.once.out.ptr()), F(1.0), I((rows * n) as i32)],
+            )?;
         }
         let table = self.embedding.as_ref().expect("always there").w.ptr();
         embed(self.s.x.ptr(), table)?;
@@ -363,10 +368,9 @@ impl Network {
         let of = |s: Slot| &w.linears[s as usize];
         let norm = |n: Norm| w.norms[n as usize];
         let input = self.input(gpu, x, norm(Norm::Attention), rows)?;
-        for (slot, which, raw, out, heads) in [
-            (Slot::Q, Norm::Q, &k.raw_q, &k.q, spec.heads),
-            (Slot::K, Norm::K, &k.raw_k, &k.k, spec.kv_heads),
-        ] {
+        for (slot, which, raw, out, heads) in
+            [(Slot::Q, Norm::Q, &k.raw_q, &k.q, spec.heads), (Slot::K, Norm::K, &k.raw_k, &k.k, spec.kv_heads)]
+        {
             match norm(which) {
                 Some(weight) => {
                     of(slot).forward(gpu, raw.ptr(), input, rows)?;
@@ -479,8 +483,7 @@ impl Network {
         adam: AdamArg,
     ) -> Result<(), TuningError> {
         let (n, inverse) = (I(columns as i32), self.s.inverse.ptr());
-        let args =
-            [P(dx), P(inverse), P(x), P(norm.weight()), P(dy), n, F(self.spec.rms_eps), I(i32::from(add))];
+        let args = [P(dx), P(inverse), P(x), P(norm.weight()), P(dy), n, F(self.spec.rms_eps), I(i32::from(add))];
         gpu.run("rms_norm_back", rows, (256, 1), &args)?;
         let args = [P(norm.gradient.ptr()), P(x), P(dy), P(inverse), I(rows as i32), n];
         gpu.run("norm_gradient", columns.div_ceil(32), (32, 8), &args)?;
