@@ -86,6 +86,11 @@ fn what_cannot_be_asked_for_is_refused() {
     run(&["--like", "q4_k_m"]).exits(2).says("needs --calibrate");
     run(&["--like", "q4_k_m", "--exact", "--calibrate", &text]).exits(2).says("--exact");
     run(&["--target-bpw=0", "--calibrate", &text]).exits(2).says("--target-bpw");
+    run(&["--mix", "own"]).exits(2).says("not stock");
+    run(&["--mix", "stock", "--like", "q4_k_m", "--calibrate", &text]).exits(2).says("--like");
+    let recipe = dir.path().join("r.toml");
+    std::fs::write(&recipe, "mix = \"stock\"\nlike = \"q4_k_m\"\n").unwrap();
+    run(&["--recipe", recipe.to_str().unwrap(), "--calibrate", &text]).exits(2).says("--mix stock excludes");
     run(&["--target-size", "1KiB", "--calibrate", &text, "--ctx", "64"]).exits(2).says("smallest file");
     run(&["--calibrate", &text, "--ctx", "64", "--max-memory", "20MiB"]).exits(4).says("--max-memory");
     assert!(!out.exists());

@@ -58,6 +58,9 @@ pub struct ConvertArgs {
     /// The same for the size of this type's mix.
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     like: Option<String>,
+    /// Types of the tensors as llama.cpp's mix has them (`stock`), which is what happens without a size.
+    #[arg(long, value_name = "MIX", help_heading = "Types", conflicts_with_all = ["target_size", "target_bpw", "like"])]
+    mix: Option<String>,
     /// Types that the allocation may use [default: the k-quants, iq4_xs, iq4_nl, q4_0 q4_1 q5_0 q5_1 q8_0].
     #[arg(long, value_name = "TYPE,...", value_delimiter = ',', help_heading = "Types")]
     types: Vec<String>,
@@ -259,6 +262,7 @@ impl ConvertArgs {
             target_size: self.target_size,
             target_bpw: self.target_bpw,
             like: self.like.clone(),
+            mix: self.mix.clone(),
             types: self.types.clone(),
             include_weights: self.include_weights.clone(),
             exclude_weights: self.exclude_weights.clone(),

@@ -189,6 +189,69 @@ pub fn pack(ty: GgmlType, p: &Parts<'_>, out: &mut [u8]) {
     }
 }
 
+/// What a block stores beside its codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Head {
+    /// Bits of the f16, or the exponent.
+    pub d: u16,
+    /// Bits of the f16 of the offsets.
+    pub m: u16,
+    pub scales: [i16; 16],
+    pub offsets: [i16; 16],
+}
+
+/// The head of a block of a [`Grid`]'s type: what [`pack`] wrote.
+///
+/// # Panics
+/// If the type has no grid, or the length is not that of a block.
+pub fn head(ty: GgmlType, block: &[u8]) -> Head {
+    use GgmlType::*;
+    assert_eq!(block.len(), ty.block_bytes(), "one block of {ty}");
+    let word = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+    let mut h = Head::default();
+    match ty {
+        Q4_0 | Q5_0 | Q8_0 | IQ4_NL => h.d = word(0),
+        Q4_1 | Q5_1 => (h.d, h.m) = (word(0), word(2)),
+        MXFP4 => h.d = block[0].into(),
+        TQ1_0 | TQ2_0 => h.d = word(block.len() - 2),
+        Q2_K => {
+            (h.d, h.m) = (word(80), word(82));
+            for (j, b) in block[..16].iter().enumerate() {
+                (h.scales[j], h.offsets[j]) = ((b & 15).into(), (b >> 4).into());
+            }
+        }
+        Q3_K => {
+            h.d = word(108);
+            for j in 0..16 {
+                let s = block[96 + j % 8] >> (4 * (j / 8)) & 15 | (block[104 + j % 4] >> (2 * (j / 4)) & 3) << 4;
+                h.scales[j] = i16::from(s) - 32;
+            }
+        }
+        Q4_K | Q5_K => {
+            (h.d, h.m) = (word(0), word(2));
+            let b = &block[4..16];
+            for j in 0..4 {
+                (h.scales[j], h.offsets[j]) = ((b[j] & 63).into(), (b[j + 4] & 63).into());
+                h.scales[j + 4] = (b[j + 8] & 15 | b[j] >> 6 << 4).into();
+                h.offsets[j + 4] = (b[j + 8] >> 4 | b[j + 4] >> 6 << 4).into();
+            }
+        }
+        Q6_K => {
+            h.d = word(208);
+            h.scales.iter_mut().zip(&block[192..208]).for_each(|(s, b)| *s = (*b as i8).into());
+        }
+        IQ4_XS => {
+            h.d = word(0);
+            for j in 0..8 {
+                let s = u16::from(block[4 + j / 2] >> (4 * (j % 2)) & 15) | (word(2) >> (2 * j) & 3) << 4;
+                h.scales[j] = s as i16 - 32;
+            }
+        }
+        _ => panic!("{ty} has no grid"),
+    }
+    h
+}
+
 /// Nibbles of runs of `run` codes: value `j` low, `j + run / 2` high.
 fn nibbles(codes: &[u8], run: usize, out: &mut [u8]) {
     for (codes, out) in codes.chunks_exact(run).zip(out.chunks_exact_mut(run / 2)) {
@@ -282,6 +345,12 @@ mod tests {
                 let parts = Parts { d, m, scales: &scales, offsets: &offsets, codes: &codes };
                 let mut block = vec![0xff; g.ty.block_bytes()];
                 pack(g.ty, &parts, &mut block);
+                let h = head(g.ty, &block);
+                assert_eq!((h.d, h.m), (d, m), "{}", g.ty);
+                if let Scales::Ints { .. } = g.scales {
+                    assert_eq!(h.scales[..g.subs()], scales, "{}", g.ty);
+                    assert_eq!(h.offsets[..g.subs()], offsets, "{}", g.ty);
+                }
                 let mut values = vec![0.0; g.block];
                 let format = crate::formats::format(g.ty).unwrap();
                 format.decode(&block, &mut values);

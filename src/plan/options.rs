@@ -160,6 +160,13 @@ impl Options {
             (None, None, None) => None,
             _ => return Err("--target-size, --target-bpw and --like exclude each other".into()),
         };
+        match &r.mix {
+            Some(mix) if !mix.eq_ignore_ascii_case("stock") => return Err(format!("--mix: `{mix}` is not stock")),
+            Some(_) if budget.is_some() => {
+                return Err("--mix stock excludes --target-size, --target-bpw and --like".into());
+            }
+            _ => {}
+        }
         if budget.is_some() && (r.exact || r.calibrate.is_empty()) {
             return Err(match r.exact {
                 true => "--exact keeps llama.cpp's mix: it does not go with a target size".into(),

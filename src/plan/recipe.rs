@@ -57,6 +57,9 @@ pub struct Recipe {
     /// The same: the size of this mix.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
+    /// `stock`: llama.cpp's own mix, no allocation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mix: Option<String>,
     /// Types that an allocation may use; empty: a default set.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub types: Vec<String>,
@@ -138,8 +141,10 @@ impl Recipe {
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
         take!(calibrate_tokens ctx rounding tune);
-        if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() {
+        // one word on which tensor gets which type
+        if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() || over.mix.is_some() {
             (self.target_size, self.target_bpw, self.like) = (over.target_size, over.target_bpw, over.like);
+            self.mix = over.mix;
         }
         // an importance matrix comes from one place
         if !over.calibrate.is_empty() {

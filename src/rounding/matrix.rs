@@ -2,12 +2,14 @@
 
 use rayon::prelude::*;
 
-use super::RoundingError;
+use super::codebook::Norms;
 use super::factor::Factor;
 use super::gptq::{PANEL, Tile, gptq};
 use super::levels::AnyLevels;
 use super::refine::{errors, refine};
+use super::{RoundingError, codebook_gptq, codebook_refine};
 use crate::formats::grid::{self, Grid, Parts};
+use crate::formats::iq::codebook::Codebook;
 use crate::forward::kernels::vectorized;
 use crate::gguf::GgmlType;
 use crate::linalg::{View, ViewMut, add_times};
@@ -45,6 +47,36 @@ vectorized! {
     }
 }
 
+vectorized! {
+    /// GPTQ and descent on a tile of a type with a vector codebook. Returns the errors by row.
+    pub fn round_codebook(
+        c: &Codebook,
+        norms: &Norms,
+        f: &Factor,
+        t: &mut codebook_gptq::Tile,
+        target: &[f32],
+    ) -> Result<Vec<f64>, RoundingError> {
+        match (c.dim, c.even) {
+            (8, true) => {
+                codebook_gptq::gptq::<8, true>(c, norms, f, t)?;
+                Ok(codebook_refine::refine::<8, true>(c, norms, f, t, target))
+            }
+            (8, false) => {
+                codebook_gptq::gptq::<8, false>(c, norms, f, t)?;
+                Ok(codebook_refine::refine::<8, false>(c, norms, f, t, target))
+            }
+            (_, true) => {
+                codebook_gptq::gptq::<4, true>(c, norms, f, t)?;
+                Ok(codebook_refine::refine::<4, true>(c, norms, f, t, target))
+            }
+            _ => {
+                codebook_gptq::gptq::<4, false>(c, norms, f, t)?;
+                Ok(codebook_refine::refine::<4, false>(c, norms, f, t, target))
+            }
+        }
+    }
+}
+
 /// The columns with the scales that the tile has.
 #[cfg(test)]
 pub fn codes_only(g: &Grid, f: &Factor, t: &mut Tile) {
@@ -61,12 +93,14 @@ pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result
     let row_bytes = n / ty.block_len() * ty.block_bytes();
     let rows = weight.len() / n;
     let (mut bytes, mut values) = (vec![0u8; rows * row_bytes], vec![0f32; rows * n]);
+    let books = Codebook::of(ty).map(|c| (c, Norms::new(c, f)));
+    let books = books.as_ref().map(|(c, norms)| (*c, norms));
     let tiles: Result<Vec<(f64, f64, usize)>, RoundingError> = bytes
         .par_chunks_mut(ROWS * row_bytes)
         .zip(values.par_chunks_mut(ROWS * n))
         .zip(weight.par_chunks(ROWS * n).zip(target.par_chunks(ROWS * n)))
         .with_max_len(1)
-        .map(|((bytes, values), (weight, target))| tile(ty, weight, target, f, bytes, values))
+        .map(|((bytes, values), (weight, target))| tile((ty, books), weight, target, f, bytes, values))
         .collect();
     let (mut error, mut nearest, mut rows_nearest) = (0.0, 0.0, 0);
     for (e, n, r) in tiles? {
@@ -88,7 +122,7 @@ pub fn nearest(ty: GgmlType, weight: &[f32], f: &Factor) -> Result<(Vec<u8>, Vec
 }
 
 fn tile(
-    ty: GgmlType,
+    (ty, books): (GgmlType, Option<(&Codebook, &Norms)>),
     weight: &[f32],
     target: &[f32],
     f: &Factor,
@@ -118,10 +152,22 @@ fn tile(
             format.decode(bytes, values);
             own
         }
-        None => {
-            panels(ty, target, f, bytes, values)?;
-            errors(f, values, target, &mut gradient)
-        }
+        None => match books {
+            Some((c, norms)) => {
+                let mut t = codebook_gptq::Tile::new(target, n);
+                let own = round_codebook(c, norms, f, &mut t, target)?;
+                let blocks = bytes.chunks_exact_mut(ty.block_bytes());
+                blocks.zip(t.d.iter().zip(&t.parts)).for_each(|(out, (d, parts))| c.pack(*d, parts, out));
+                let format = crate::formats::format(ty).expect("it has a codebook");
+                format.validate(bytes)?;
+                format.decode(bytes, values);
+                own
+            }
+            None => {
+                panels(ty, target, f, bytes, values)?;
+                errors(f, values, target, &mut gradient)
+            }
+        },
     };
     let row_bytes = bytes.len() / rows;
     let (mut error, mut worse) = (0.0, 0);
@@ -136,7 +182,7 @@ fn tile(
     Ok((error, plain_errors.iter().sum(), worse))
 }
 
-/// Types with a vector codebook: ggml's search on a super-block at a time, errors carried to the later ones.
+/// IQ1, whose points have shifts: ggml's search on a super-block at a time, errors carried to the later ones.
 fn panels(ty: GgmlType, target: &[f32], f: &Factor, bytes: &mut [u8], values: &mut [f32]) -> Result<(), RoundingError> {
     let n = f.n;
     let rows = target.len() / n;

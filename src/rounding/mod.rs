@@ -2,10 +2,14 @@
 //!
 //! The formats stay as llama.cpp reads them. [`matrix::round`] takes a weight, its target and the factored Hessian of its
 //! input and gives blocks: GPTQ ([`gptq`], Frantar et al. 2023) with the format's own grid ([`levels`], [`search`]), then
-//! coordinate descent in the Hessian norm on all that is stored ([`refine`]), and row by row the nearest rounding of ggml
+//! coordinate descent in the Hessian norm on all that is stored ([`refine`]), for vector codebooks the same by points
+//! ([`codebook`], [`codebook_gptq`], [`codebook_refine`]); and row by row the nearest rounding of ggml
 //! where that is better. [`run`] takes a model through it layer by layer: the float model and the rounded one side by side,
 //! each layer fitted to the float model's output from the inputs that the rounded one gives it ([`target`]).
 
+pub mod codebook;
+pub mod codebook_gptq;
+pub mod codebook_refine;
 pub mod factor;
 pub mod gptq;
 pub mod levels;

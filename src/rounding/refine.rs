@@ -81,24 +81,24 @@ pub fn refine<L: Levels>(g: &Grid, l: L, f: &Factor, t: &mut Tile, target: &[f32
 }
 
 /// One row of a panel.
-struct Row<'a> {
-    f: &'a Factor,
-    p0: usize,
-    width: usize,
-    gradient: &'a mut [f32],
-    values: &'a mut [f32],
+pub(super) struct Row<'a> {
+    pub f: &'a Factor,
+    pub p0: usize,
+    pub width: usize,
+    pub gradient: &'a mut [f32],
+    pub values: &'a mut [f32],
 }
 
 impl Row<'_> {
     /// Row `j` of the panel's Hessian.
     #[inline(always)]
-    fn h(&self, j: usize) -> &[f32] {
+    pub fn h(&self, j: usize) -> &[f32] {
         &self.f.h[(self.p0 + j) * self.f.n + self.p0..][..self.width]
     }
 
     /// Moves a value.
     #[inline(always)]
-    fn step(&mut self, j: usize, delta: f32) {
+    pub fn step(&mut self, j: usize, delta: f32) {
         self.values[j] += delta;
         let h = &self.f.h[(self.p0 + j) * self.f.n + self.p0..][..self.width];
         self.gradient.iter_mut().zip(h).for_each(|(g, h)| *g += delta * h);
@@ -230,6 +230,15 @@ impl Row<'_> {
                 (false, ..) => l.value(*code),
             };
         }
+        let signed = !(offsets && matches!(g.offsets, Offsets::Ints { .. }));
+        let place = if offsets { &mut head.m } else { &mut head.d };
+        self.line(place, b0, along, signed);
+    }
+
+    /// The f16 whose multiples `along` are part of the values from `b0` to its least-squares place; `signed`: it may be below
+    /// zero.
+    #[inline(always)]
+    pub fn line(&mut self, place: &mut u16, b0: usize, along: &[f32], signed: bool) {
         let mut moved = [0f32; 256];
         let moved = &mut moved[..self.width];
         for (i, a) in along.iter().enumerate() {
@@ -242,16 +251,14 @@ impl Row<'_> {
         if curve.is_nan() || curve <= 0.0 {
             return;
         }
-        let place = if offsets { &mut head.m } else { &mut head.d };
         let old = from_f16_bits(*place);
         let bits = to_f16_bits(old - slope / curve);
         let new = from_f16_bits(bits);
         let delta = new - old;
-        let negative = offsets && matches!(g.offsets, Offsets::Ints { .. }) && new < 0.0;
-        if new.is_finite() && delta != 0.0 && !negative && delta * (2.0 * slope + delta * curve) < 0.0 {
+        if new.is_finite() && delta != 0.0 && (signed || new >= 0.0) && delta * (2.0 * slope + delta * curve) < 0.0 {
             *place = bits;
             self.gradient.iter_mut().zip(&*moved).for_each(|(g, m)| *g += delta * m);
-            self.values[b0..].iter_mut().zip(&*along).for_each(|(v, a)| *v += delta * a);
+            self.values[b0..].iter_mut().zip(along).for_each(|(v, a)| *v += delta * a);
         }
     }
 }

@@ -6,22 +6,13 @@
 //! refitted to the codes (least squares over the block), three rounds from several starts. All sums are in a fixed order.
 
 use super::levels::{LANES, Levels, total};
-use crate::formats::grid::{Grid, Offsets, Scales};
+use crate::formats::grid::{self, Grid, Offsets, Scales};
 use crate::formats::search::{from_f16_bits, to_f16_bits};
 
-/// Most sub-blocks of a block.
-pub const SUBS: usize = 16;
+pub use crate::formats::grid::Head;
 
-/// What a block stores beside its codes.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Head {
-    /// Bits of the f16, or the exponent.
-    pub d: u16,
-    /// Bits of the f16 of the offsets.
-    pub m: u16,
-    pub scales: [i16; SUBS],
-    pub offsets: [i16; SUBS],
-}
+/// Most sub-blocks of a block.
+const SUBS: usize = 16;
 
 impl Head {
     /// Scale and offset of a sub-block.
@@ -193,9 +184,39 @@ fn affine<L: Levels>(l: L, x: &[f32], w: &[f32], below: bool) -> (f32, f32) {
     line
 }
 
-/// Searches everything that a block of `g` stores: `x` and weights `w` are its values.
+/// Searches everything that a block of `g` stores: `x` and weights `w` are its values. Not worse than what ggml finds.
 #[inline(always)]
 pub fn search<L: Levels>(g: &Grid, l: L, x: &[f32], w: &[f32]) -> Head {
+    let own = own(g, l, x, w);
+    match ggml(g, x, w) {
+        Some(theirs) if error(g, l, &theirs, x, w) < error(g, l, &own, x, w) => theirs,
+        _ => own,
+    }
+}
+
+/// What `ggml_quantize_chunk` stores; `None` where its sums overflow.
+fn ggml(g: &Grid, x: &[f32], w: &[f32]) -> Option<Head> {
+    let mut block = [0u8; 256];
+    let block = &mut block[..g.ty.block_bytes()];
+    let format = crate::formats::format(g.ty).expect("it has a grid");
+    format.encode(x, g.block, Some(w), block).ok()?;
+    format.validate(block).ok()?;
+    Some(grid::head(g.ty, block))
+}
+
+/// The weighted square error of a block with the nearest codes.
+#[inline(always)]
+fn error<L: Levels>(g: &Grid, l: L, head: &Head, x: &[f32], w: &[f32]) -> f32 {
+    let mut sum = 0.0;
+    for sub in 0..g.subs() {
+        let (scale, offset) = head.line(g, sub);
+        sum += sums(l, part(g, x, sub), part(g, w, sub), scale, offset).error;
+    }
+    sum
+}
+
+#[inline(always)]
+fn own<L: Levels>(g: &Grid, l: L, x: &[f32], w: &[f32]) -> Head {
     match (g.scales, g.offsets) {
         (Scales::E8M0, _) => exponent(g, l, x, w),
         (Scales::F16, Offsets::None) => Head { d: to_f16_bits(symmetric(l, x, w)), ..Head::default() },

@@ -3,6 +3,7 @@
 use super::factor::Factor;
 use super::matrix::{nearest, round};
 use crate::formats::grid::Grid;
+use crate::formats::iq::codebook::Codebook;
 use crate::gguf::GgmlType;
 use crate::linalg;
 
@@ -147,7 +148,7 @@ fn never_above_nearest_and_well_below_it() {
     let n = 512;
     let f = Factor::new(hessian(n, 2), n, 0.01, linalg::Par::Seq).unwrap();
     let w = values(70 * n, 6);
-    for ty in GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some()) {
+    for ty in GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some()) {
         let r = round(ty, &w, &w, &f).unwrap();
         let own = error(&f, &r.values, &w);
         let (_, plain) = nearest(ty, &w, &f).unwrap();
@@ -166,7 +167,7 @@ fn threads_and_instruction_sets_change_nothing() {
     let w = values(130 * n, 7);
     let on = |threads: usize, isa| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let all = GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some());
+        let all = GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some());
         pool.install(|| {
             crate::formats::simd::with_isa(isa, || all.map(|t| round(t, &w, &w, &f).unwrap().bytes).collect::<Vec<_>>())
         })
@@ -176,5 +177,53 @@ fn threads_and_instruction_sets_change_nothing() {
     assert!(one == on(3, isa));
     for isa in crate::formats::simd::Isa::available() {
         assert!(one == on(1, isa), "{}", isa.name());
+    }
+}
+
+/// Rows of several laws, and importance that is log-normal: with uncorrelated inputs no row is worse than ggml's.
+#[test]
+fn without_correlation_no_row_is_worse_than_with_ggml() {
+    let n = 512;
+    let rows = 200;
+    let mut seed = 0x1234_5678_9abc_def1u64;
+    let mut uniform = || {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((seed >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+    };
+    let mut normal = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+    let h: Vec<f64> = (0..n * n).map(|i| if i / n == i % n { (normal() * 1.2).exp() } else { 0.0 }).collect();
+    let f = Factor::new(h, n, 0.0, linalg::Par::Seq).unwrap();
+    let channels: Vec<f64> = (0..n).map(|j| if j % 61 == 7 { 12.0 } else { 1.0 }).collect();
+    let w: Vec<f32> = (0..rows * n)
+        .map(|i| {
+            let x = match i / n % 4 {
+                0 => normal(),
+                // Laplace: a normal with an exponential variance
+                1 => normal() * (normal().powi(2) + normal().powi(2)).sqrt(),
+                // Student's t of four degrees
+                2 => normal() / ((0..4).map(|_| normal().powi(2)).sum::<f64>() / 4.0).sqrt(),
+                _ => normal() * channels[i % n],
+            };
+            (0.03 * x) as f32
+        })
+        .collect();
+    let types = GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some());
+    for ty in types {
+        let own = round(ty, &w, &w, &f).unwrap();
+        let (_, plain) = nearest(ty, &w, &f).unwrap();
+        let by_row = |v: &[f32], r: usize| -> f64 {
+            let e = |j: usize| f64::from(f.h[j * n + j]) * f64::from(v[r * n + j] - w[r * n + j]).powi(2);
+            (0..n).map(e).sum()
+        };
+        let (mut worse, mut ratio) = (0, 0.0);
+        for r in 0..rows {
+            let (a, b) = (by_row(&own.values, r), by_row(&plain, r));
+            assert!(a <= b * (1.0 + 1e-5), "{ty}: row {r}: {a} of {b}");
+            worse += usize::from(a > b * (1.0 - 1e-7));
+            ratio += a / b / rows as f64;
+        }
+        eprintln!("{ty}: {ratio:.4} of ggml's error, {} rows fell back, {worse} are not better", own.rows_nearest);
+        // rows that fell back hide a search that is worse
+        assert!(own.rows_nearest == 0, "{ty}: {} rows are ggml's", own.rows_nearest);
     }
 }

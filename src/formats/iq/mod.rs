@@ -5,6 +5,7 @@
 //! ([`search`] for IQ2 and IQ3, [`split`] for IQ1) in which points off the grid go to the best of their near grid points
 //! ([`neighbours`]). Sources: `quantize_row_iq*_impl` and `dequantize_row_iq*` in ggml-quants.c, llama.cpp b11434.
 
+pub mod codebook;
 pub mod grids;
 mod iq1;
 mod iq2;
