@@ -19,7 +19,7 @@ fn main() {
     let options = Options::resolve(Recipe { r#type: Some("COPY".into()), ..Recipe::default() }).expect("a recipe");
     let input = Input::open(path, &options).expect("a model");
     let model = Model::new(path, &*input.source, &input.metadata).expect("a model that can be run");
-    let windows = number(2).unwrap_or_else(|| batch(&model, length));
+    let windows = number(2).unwrap_or_else(|| batch(&model, length, 256));
     let joints = Joints { first: 1, ends: Vec::new(), next: None };
     pool.install(|| {
         let peak = product_rate(2048);

@@ -227,7 +227,7 @@ fn a_window_depends_on_its_number_and_the_seed_alone() {
         let model = Model::new(Path::new("made"), &m, &m.metadata).unwrap();
         let write = |threads, windows: Range<usize>, seed| {
             on_threads(threads, || {
-                let mut generator = Generator::new(&model, 40, 6, None).unwrap();
+                let mut generator = Generator::new(&model, 40, windows.len(), None).unwrap();
                 generator.write(windows, &joints(1), seed, &mut |_, _| {}).unwrap()
             })
         };
@@ -235,8 +235,8 @@ fn a_window_depends_on_its_number_and_the_seed_alone() {
         assert_eq!(write(2, 0..6, 3), one, "{}", model.spec.arch);
         assert_ne!(write(1, 0..6, 4), one);
         assert_ne!(one[..40], one[40..80]);
-        let later = write(1, 2..6, 3);
-        assert_eq!(later.len(), 160);
+        // what stands beside it may change the last bits of products, which a draw in thousands sees: not here
+        assert!(write(1, 2..6, 3) == one[2 * 40..], "{}", model.spec.arch);
     }
 }
 
@@ -281,7 +281,7 @@ fn what_cannot_be_written_is_refused() {
     assert!(Generator::new(&model, 64, 4, Some(needed)).is_ok());
     let e = Generator::new(&model, 64, 4, Some(needed - 1)).err().unwrap().to_string();
     assert!(e.contains(&format!("{needed} bytes")) && e.contains("made"), "{e}");
-    assert!(memory(&model, 64, 8) > needed && memory(&model, 128, 4) > needed && batch(&model, 64) > 16);
+    assert!(memory(&model, 64, 8) > needed && memory(&model, 128, 4) > needed && batch(&model, 64, 300) == 150);
     let mut generator = Generator::new(&model, 8, 1, None).unwrap();
     let e = generator.write(0..1, &joints(96), 0, &mut |_, _| {}).unwrap_err().to_string();
     assert!(e.contains("token 96 is not in a vocabulary of 96"), "{e}");
@@ -313,22 +313,23 @@ fn own_text_fills_what_other_text_leaves() {
     };
     let (own, mut written) = (Path::new("self"), 0);
     let alone = windows(&[own], 9, &mut written);
-    assert!(alone.len() == 9 * 32 && written >= 9 * 32);
+    assert_eq!((alone.len(), written), (9 * 32, 9 * 32));
     let bos = encoder.bos().unwrap();
     assert!(alone.chunks_exact(32).all(|w| w[0] == bos));
-    // kept: a part of it, and all, without writing again
+    // kept: not written again
     written = 0;
-    assert_eq!(windows(&[own], 4, &mut written), alone[..4 * 32]);
     assert_eq!((windows(&[own], 9, &mut written), written), (alone.clone(), 0));
     // behind a file
     let text = windows(&[&file], 1000, &mut written);
     let count = text.len() / 32;
     let both = windows(&[own, &file], count + 5, &mut written);
-    assert_eq!((&both[..text.len()], &both[text.len()..]), (&text[..], &alone[..5 * 32]));
+    let five = windows(&[own], 5, &mut written);
+    assert_eq!((&both[..text.len()], &both[text.len()..]), (&text[..], &five[..]));
     assert_eq!(windows(&[own, &file], 3, &mut written), text[..3 * 32]);
     let built_in = windows(&[Path::new("builtin"), own], 6000, &mut written);
     assert_eq!(built_in.len(), 6000 * 32);
     // damage is seen
+    assert_eq!(windows(&[own], 9, &mut written), alone);
     let kept = state.join("self.json");
     let whole = std::fs::read_to_string(&kept).unwrap();
     for damaged in [whole[..whole.len() / 2].to_string(), whole.replacen("\"tokens\":[501,", "\"tokens\":[500,", 1)] {

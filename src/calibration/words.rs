@@ -96,6 +96,8 @@ struct Written {
     fingerprint: String,
     seed: u64,
     length: usize,
+    /// Windows in all.
+    count: usize,
     first: u32,
     ends: Vec<u32>,
     next: Option<u32>,
@@ -105,7 +107,7 @@ struct Written {
     sha256: String,
 }
 
-/// The first `count` windows that the model writes.
+/// `count` windows that the model writes.
 fn own(
     wanted: &Wanted<'_>,
     count: usize,
@@ -120,6 +122,7 @@ fn own(
         fingerprint: fingerprint::fingerprint(model.source()),
         seed: SEED,
         length,
+        count,
         first: joints.first,
         ends: joints.ends.clone(),
         next: joints.next,
@@ -128,27 +131,30 @@ fn own(
     };
     let usable = |w: &Written| {
         let known = Written { tokens: Vec::new(), sha256: String::new(), ..w.clone() } == empty;
-        known && w.tokens.len().is_multiple_of(length) && w.sha256 == windows::digest(&w.tokens)
+        known
+            && w.tokens.len().is_multiple_of(length)
+            && w.tokens.len() <= count * length
+            && w.sha256 == windows::digest(&w.tokens)
     };
     let found = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice(&b).ok()).filter(usable);
     let mut written: Written = found.unwrap_or(empty);
-    let batch = generate::batch(model, length);
-    let all = count.next_multiple_of(batch) * length;
+    let batch = generate::batch(model, length, count);
     if written.tokens.len() < count * length {
         std::fs::create_dir_all(wanted.state).map_err(io)?;
         let mut generator = Generator::new(model, length, batch, wanted.memory)?;
         while written.tokens.len() < count * length {
             let done = written.tokens.len();
-            let first = done / length;
-            let mut see = |position: usize, _: &[f32]| progress(done + (position + 1) * batch, all);
-            written.tokens.extend(generator.write(first..first + batch, &joints, SEED, &mut see)?);
+            let windows = done / length..(done / length + batch).min(count);
+            let here = windows.len();
+            let mut see = |position: usize, _: &[f32]| progress(done + (position + 1) * here, count * length);
+            written.tokens.extend(generator.write(windows, &joints, SEED, &mut see)?);
+            progress(written.tokens.len(), count * length);
             written.sha256 = windows::digest(&written.tokens);
             let new = path.with_extension("json.new");
             let text = serde_json::to_vec(&written).expect("plain data");
             std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(io)?;
         }
     }
-    written.tokens.truncate(count * length);
     Ok(written.tokens)
 }
 

@@ -128,13 +128,15 @@ fn predicted(
     let request = words::Request {
         words: &recipe.calibrate,
         length,
-        limit: Some(WINDOWS),
+        // as much as the rounding behind it takes, which finds it written
+        limit: Some(super::round::windows(recipe)),
         threads: args.threads(),
         max_memory: args.max_memory,
         state,
         quiet: args.quiet,
     };
-    let (tokens, _) = words::windows(&model, &encoder, &request)?;
+    let (mut tokens, _) = words::windows(&model, &encoder, &request)?;
+    tokens.truncate(WINDOWS * length);
     let candidates = candidates(plan, input, options);
     let mut kept = Kept {
         version: env!("CARGO_PKG_VERSION").into(),

@@ -8,7 +8,7 @@ use super::args::ConvertArgs;
 use super::calibrate::{pool, state_of};
 use super::steps::Steps;
 use super::{Failure, RESOURCE, print, words};
-use crate::calibration::{fingerprint, windows};
+use crate::calibration::{fingerprint, windows::digest};
 use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
@@ -41,6 +41,11 @@ fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
     plan.tensors.iter().filter(wanted).map(|t| (t.name.clone(), t.ty)).collect()
 }
 
+/// Windows of text that are asked for.
+pub fn windows(recipe: &Recipe) -> usize {
+    (recipe.calibrate_tokens.unwrap_or(TOKENS) as usize / recipe.ctx.unwrap_or(512) as usize).max(1)
+}
+
 /// Rounds what the plan says.
 pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> Result<RoundedTensors, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
@@ -48,12 +53,11 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     let encoder = TextEncoder::from_metadata(&input.metadata)
         .map_err(|e| Failure::new(super::REFUSED, format!("{}: {e}", path.display())))?;
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let limit = (recipe.calibrate_tokens.unwrap_or(TOKENS) as usize / length).max(1);
     let state = state_of(args.out().expect("a conversion has an output"));
     let request = words::Request {
         words: &recipe.calibrate,
         length,
-        limit: Some(limit),
+        limit: Some(windows(recipe)),
         threads: args.threads(),
         max_memory: args.max_memory,
         state: &state,
@@ -104,7 +108,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         length,
         types: types(plan, input),
         fingerprint: fingerprint::fingerprint(model.source()),
-        text: windows::digest(&tokens),
+        text: digest(&tokens),
         one_pass: recipe.one_pass,
         batch,
         backward: coarse_embedding(plan) as usize * BACKWARD,

@@ -47,11 +47,13 @@ pub struct Generator<'a> {
     batch: usize,
 }
 
-/// Sequences that are written together: of the model and the length alone, because products of other heights may differ in
-/// the last bits, and a draw with them.
-pub fn batch(model: &Model<'_>, length: usize) -> usize {
+/// Sequences that are written together, `count` in all: never of the memory that there is, because products of other heights
+/// may differ in the last bits, and a draw with them.
+pub fn batch(model: &Model<'_>, length: usize, count: usize) -> usize {
     let one = KvCache::bytes(&model.spec, length) * model.spec.layers as u64;
-    (CACHE / one.max(1)).clamp(LEAST, MOST) as usize
+    let most = (CACHE / one.max(1)).clamp(LEAST, MOST) as usize;
+    // batches of one size
+    count.div_ceil(count.div_ceil(most).max(1)).max(1)
 }
 
 /// Bytes that writing `batch` windows of `length` tokens at a time needs.
@@ -104,7 +106,8 @@ impl<'a> Generator<'a> {
     }
 
     /// Writes the windows of these numbers, `[windows, length]`; no more than a batch. What a window holds depends on `seed`
-    /// and its number, not on the others nor on threads. `see` gets a position and the logits there, `[windows, vocab]`.
+    /// and its number, not on threads; on how many others are written with it only as far as products of another height
+    /// differ in their last bits. `see` gets a position and the logits there, `[windows, vocab]`.
     ///
     /// # Errors
     /// A token of `joints` is not in the vocabulary; activations overflow; a signal asks to stop.
