@@ -80,8 +80,8 @@ impl Words {
             return cut(wanted.limit);
         }
         let all = wanted.limit.unwrap_or((TOKENS / wanted.length.max(1)).max(1));
-        let mut tokens = if ids.len() < wanted.length { Vec::new() } else { cut(Some(all))? };
-        let missing = all - tokens.len() / wanted.length;
+        let mut tokens = if ids.len() < wanted.length { Vec::new() } else { cut(wanted.limit)? };
+        let missing = all.saturating_sub(tokens.len() / wanted.length);
         if missing > 0 {
             tokens.extend(own(wanted, missing, progress)?);
         }
