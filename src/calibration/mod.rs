@@ -3,7 +3,8 @@
 //! [`collector`] holds the sums of a forward pass by weight ([`moments`]: of one layer's input). They leave as an importance
 //! matrix that any llama.cpp reads ([`imatrix_write`], with the statistics of [`imatrix_stats`]) or as a file of second
 //! moments of our own ([`hessian_file`]). [`imatrix_sums`] reads importance matrices as they are stored, [`imatrix`] as
-//! quantization uses them. [`text`] is what is run through a model when no other text is given.
+//! quantization uses them. [`text`] is what is run through a model when no other text is given; [`words`] puts texts together, the model's own among
+//! them.
 
 pub mod collector;
 pub mod fingerprint;
@@ -17,6 +18,7 @@ pub mod moments;
 pub mod run;
 pub mod text;
 pub mod windows;
+pub mod words;
 
 use std::path::{Path, PathBuf};
 
@@ -32,6 +34,12 @@ pub enum CalibrationError {
     /// The entry of one weight.
     #[error("{}: `{tensor}`: {reason}", file.display())]
     Tensor { file: PathBuf, tensor: String, reason: String },
+    /// What the command line names as text.
+    #[error("{0}")]
+    Words(String),
+    /// The text itself.
+    #[error("{0}")]
+    Text(String),
     #[error("{0}")]
     Collect(#[from] collector::CollectError),
     #[error("{0}")]

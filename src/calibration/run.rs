@@ -252,6 +252,7 @@ pub fn run(
 
 /// Removes the state of a run whose results are safe: our own files, and the folder if nothing else is in it.
 pub fn forget(state: &Path) {
+    super::words::forget(state);
     let Ok(entries) = std::fs::read_dir(state) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();

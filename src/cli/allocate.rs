@@ -6,9 +6,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::args::ConvertArgs;
-use super::calibrate::{files, pool};
+use super::calibrate::pool;
 use super::steps::Steps;
-use super::{Failure, REFUSED, USAGE, print};
+use super::{Failure, REFUSED, USAGE, print, words};
 use crate::allocation::{AllocationError, TensorCosts, costs, knapsack};
 use crate::calibration::{fingerprint, windows};
 use crate::forward::Model;
@@ -124,10 +124,19 @@ fn predicted(
     let model = Model::new(path, &*input.source, &input.metadata)?;
     let encoder = TextEncoder::from_metadata(&input.metadata)
         .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
-    let texts = windows::load(&files(&recipe.calibrate))?;
-    let ids = windows::ids(&encoder, &texts);
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let tokens = windows::windows(&encoder, &ids, length, Some(WINDOWS)).map_err(|e| Failure::new(REFUSED, e))?;
+    let request = words::Request {
+        words: &recipe.calibrate,
+        length,
+        // as much as the rounding behind it takes, which finds it written
+        limit: Some(super::round::windows(recipe)),
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        state,
+        quiet: args.quiet,
+    };
+    let (mut tokens, _) = words::windows(&model, &encoder, &request)?;
+    tokens.truncate(WINDOWS * length);
     let candidates = candidates(plan, input, options);
     let mut kept = Kept {
         version: env!("CARGO_PKG_VERSION").into(),

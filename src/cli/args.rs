@@ -81,7 +81,8 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "FILE", help_heading = "Importance")]
     imatrix: Option<PathBuf>,
     /// Make an importance matrix from this text first; several times for several texts. `builtin`: a small general corpus
-    /// that ships with the program.
+    /// that ships with the program. `self`: the model writes text itself, as much as the other texts leave of
+    /// --calibrate-tokens (139264).
     #[arg(long, value_name = "TEXT", conflicts_with = "imatrix", help_heading = "Importance")]
     calibrate: Vec<PathBuf>,
     /// At most so many tokens of it, in whole windows.

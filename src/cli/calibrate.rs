@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::args::{ConvertArgs, ResourceArgs};
 use super::steps::Steps;
-use super::{Failure, REFUSED, RESOURCE, USAGE, print};
+use super::{Failure, REFUSED, RESOURCE, USAGE, print, words};
 use crate::calibration::imatrix::Imatrix;
 use crate::calibration::imatrix_sums::ImatrixSums;
 use crate::calibration::imatrix_write::{self, Format};
@@ -16,7 +16,7 @@ use crate::calibration::{fingerprint, windows as text};
 use crate::forward::Model;
 use crate::output;
 use crate::plan::memory::human;
-use crate::plan::{BUILT_IN, Input, Options, Recipe};
+use crate::plan::{Input, Options, Recipe};
 use crate::tokenizer::encode::TextEncoder;
 
 /// Which texts, and how much of them. The same words on every command that runs a model over a text.
@@ -39,7 +39,8 @@ pub struct CalibrateArgs {
     /// Importance matrix to write.
     #[arg(long, short, value_name = "FILE", default_value = "imatrix.gguf")]
     output: PathBuf,
-    /// Text, UTF-8; may be given several times [default: a small general corpus that ships with the program].
+    /// Text, UTF-8; may be given several times. `self`: the model writes text itself [default: `builtin`, a small general corpus
+    /// that ships with the program].
     #[arg(long = "file", visible_alias = "text", short = 'f', value_name = "TEXT")]
     texts: Vec<PathBuf>,
     #[command(flatten)]
@@ -135,10 +136,19 @@ pub struct Request<'a> {
 pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Failure> {
     let model = opened.model()?;
     let encoder = opened.encoder()?;
-    let texts = text::load(request.texts)?;
-    let ids = text::ids(&encoder, &texts);
-    let tokens = text::windows(&encoder, &ids, request.ctx, request.chunks).map_err(|e| Failure::new(REFUSED, e))?;
-    drop(ids);
+    let (tokens, texts) = words::windows(
+        &model,
+        &encoder,
+        &words::Request {
+            words: request.texts,
+            length: request.ctx,
+            limit: request.chunks,
+            threads: request.threads,
+            max_memory: request.max_memory,
+            state: request.state,
+            quiet: request.quiet,
+        },
+    )?;
     let windows = tokens.len() / request.ctx;
     let pool = pool(request.threads)?;
     let second = request.second.is_some();
@@ -146,10 +156,9 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
     let memory = run::memory(&model, (windows, request.ctx), second, threads, request.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     if !request.quiet {
-        let names: Vec<&str> = texts.iter().map(|t| t.name.as_str()).collect();
         print::stderr(&format!(
             "calibration on {}: {} tokens in {windows} windows; at most {} of memory, {} on disk meanwhile, {}",
-            names.join(", "),
+            texts.join(", "),
             tokens.len(),
             human(memory.peak),
             human((tokens.len() * model.spec.embed * 8) as u64),
@@ -160,7 +169,7 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
         model: &model,
         tokens: &tokens,
         length: request.ctx,
-        datasets: texts.iter().map(|t| t.name.clone()).collect(),
+        datasets: texts,
         fingerprint: fingerprint::fingerprint(model.source()),
         text: text::digest(&tokens),
         second,
@@ -191,25 +200,16 @@ pub fn state_of(out: &Path) -> PathBuf {
     name.into()
 }
 
-/// The files among what `--calibrate` names; the built-in text is none.
-pub fn files(given: &[PathBuf]) -> Vec<PathBuf> {
-    given.iter().filter(|p| p.as_os_str() != BUILT_IN).cloned().collect()
-}
-
 /// The calibration on the way to a conversion: its importance matrix, which stays in the state folder until the conversion
 /// is done, so that a killed one goes on there.
 pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Path) -> Result<Imatrix, Failure> {
     let out = args.out().expect("a conversion has an output");
     let state = state_of(out);
-    let texts = files(&recipe.calibrate);
-    if texts.len() < recipe.calibrate.len() && !texts.is_empty() {
-        return Err(Failure::new(USAGE, format!("--calibrate {BUILT_IN} stands alone")));
-    }
     let ctx = recipe.ctx.unwrap_or(512) as usize;
     let sums = collect(
         &Opened::new(input)?,
         &Request {
-            texts: &texts,
+            texts: &recipe.calibrate,
             ctx,
             chunks: recipe.calibrate_tokens.map(|n| (n as usize / ctx).max(1)),
             second: None,

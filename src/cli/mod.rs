@@ -17,6 +17,7 @@ mod qsur;
 mod round;
 mod steps;
 mod tune;
+mod words;
 
 use std::process::ExitCode;
 
@@ -145,7 +146,7 @@ impl From<crate::forward::ForwardError> for Failure {
         use crate::forward::ForwardError as F;
         let code = match &e {
             F::Interrupted => INTERRUPTED,
-            F::Io { .. } => RESOURCE,
+            F::Io { .. } | F::Memory(_) => RESOURCE,
             _ => REFUSED,
         };
         Failure::new(code, e)
@@ -184,6 +185,7 @@ impl From<crate::calibration::CalibrationError> for Failure {
             C::Input(e) => e.into(),
             C::Output(e) => e.into(),
             C::Forward(e) => e.into(),
+            e @ C::Words(_) => Failure::new(USAGE, e),
             e => Failure::new(REFUSED, e),
         }
     }

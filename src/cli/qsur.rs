@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use super::calibrate::{Opened, Request, TextArgs, collect, files, pool};
+use super::calibrate::{Opened, Request, TextArgs, collect, pool};
 use super::{Failure, REFUSED, USAGE, print};
 use crate::calibration::hessian_file::HessianFile;
 use crate::calibration::moments::Moments;
@@ -186,13 +186,12 @@ fn calibrated(
     report: &mut Report,
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<(), Failure> {
-    let texts = files(&args.calibrate);
     std::fs::create_dir_all(state).map_err(|e| crate::checkpoint::CheckpointError::io(state, e))?;
     let path = state.join(HESSIAN);
     collect(
         opened,
         &Request {
-            texts: &texts,
+            texts: &args.calibrate,
             ctx: args.text.ctx as usize,
             chunks: args.text.chunks.map(|n| n as usize),
             second: Some((&path, true)),

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::args::ConvertArgs;
-use super::calibrate::{files, pool, state_of};
+use super::calibrate::{pool, state_of};
 use super::steps::Steps;
-use super::{Failure, RESOURCE, print};
-use crate::calibration::{fingerprint, windows};
+use super::{Failure, RESOURCE, print, words};
+use crate::calibration::{fingerprint, windows::digest};
 use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
@@ -18,7 +18,7 @@ use crate::rounding::state::{Report, RoundedTensors};
 use crate::tokenizer::encode::TextEncoder;
 
 /// Tokens that are enough: with 8 thousand most of what GPTQ with corrected targets gains is lost again.
-const TOKENS: u64 = 139_264;
+const TOKENS: u64 = crate::calibration::words::TOKENS as u64;
 /// Fewer are warned of.
 const FEW: usize = 128 * 1024;
 /// Most windows that go through a layer together.
@@ -41,17 +41,29 @@ fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
     plan.tensors.iter().filter(wanted).map(|t| (t.name.clone(), t.ty)).collect()
 }
 
+/// Windows of text that are asked for.
+pub fn windows(recipe: &Recipe) -> usize {
+    (recipe.calibrate_tokens.unwrap_or(TOKENS) as usize / recipe.ctx.unwrap_or(512) as usize).max(1)
+}
+
 /// Rounds what the plan says.
 pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> Result<RoundedTensors, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
     let model = Model::new(path, &*input.source, &input.metadata)?;
     let encoder = TextEncoder::from_metadata(&input.metadata)
         .map_err(|e| Failure::new(super::REFUSED, format!("{}: {e}", path.display())))?;
-    let texts = windows::load(&files(&recipe.calibrate))?;
-    let ids = windows::ids(&encoder, &texts);
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let limit = (recipe.calibrate_tokens.unwrap_or(TOKENS) as usize / length).max(1);
-    let tokens = windows::windows(&encoder, &ids, length, Some(limit)).map_err(|e| Failure::new(super::REFUSED, e))?;
+    let state = state_of(args.out().expect("a conversion has an output"));
+    let request = words::Request {
+        words: &recipe.calibrate,
+        length,
+        limit: Some(windows(recipe)),
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        state: &state,
+        quiet: args.quiet,
+    };
+    let (tokens, texts) = words::windows(&model, &encoder, &request)?;
     let pool = pool(args.threads())?;
     let threads = pool.current_num_threads();
     let kept = run::kept(&model, tokens.len(), recipe.one_pass);
@@ -69,15 +81,13 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
             format!("--max-memory {limit}: GPTQ of this model needs at least {needed}"),
         ));
     }
-    let state = state_of(args.out().expect("a conversion has an output"));
     let spec = &model.spec;
     let paths = if recipe.one_pass { 1 } else { 2 };
     let disk = (tokens.len() * 2 * spec.embed * 4 * paths) as u64 + if keep { 0 } else { kept };
     if !args.quiet {
-        let names: Vec<&str> = texts.iter().map(|t| t.name.as_str()).collect();
         print::stderr(&format!(
             "rounding with GPTQ on {}: {} tokens in {} windows{}; at most {} of memory, {} on disk meanwhile, {}",
-            names.join(", "),
+            texts.join(", "),
             tokens.len(),
             tokens.len() / length,
             if recipe.one_pass { ", float inputs" } else { ", targets corrected" },
@@ -98,7 +108,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         length,
         types: types(plan, input),
         fingerprint: fingerprint::fingerprint(model.source()),
-        text: windows::digest(&tokens),
+        text: digest(&tokens),
         one_pass: recipe.one_pass,
         batch,
         backward: coarse_embedding(plan) as usize * BACKWARD,

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::args::ConvertArgs;
-use super::calibrate::{files, pool, state_of};
+use super::calibrate::{pool, state_of};
 use super::steps::Steps;
-use super::{Failure, REFUSED, RESOURCE, print};
+use super::{Failure, REFUSED, RESOURCE, print, words};
 use crate::calibration::windows;
 use crate::forward::Model;
 use crate::gguf::GgmlType;
@@ -82,10 +82,18 @@ pub fn after(
     let encoder = TextEncoder::from_metadata(&input.metadata)
         .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
     let named = if recipe.tune_text.is_empty() { &recipe.calibrate } else { &recipe.tune_text };
-    let texts = windows::load(&files(named))?;
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let ids = windows::ids(&encoder, &texts);
-    let tokens = windows::windows(&encoder, &ids, length, None).map_err(|e| Failure::new(REFUSED, e))?;
+    let state = state_of(args.out().expect("a conversion has an output"));
+    let request = words::Request {
+        words: named,
+        length,
+        limit: None,
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        state: &state,
+        quiet: args.quiet,
+    };
+    let (tokens, _) = words::windows(&model, &encoder, &request)?;
     let (learn, decide) = split(&tokens, length);
     let rounded = rounded_of(plan, tensors)?;
     let two_bits = plan.tensors.iter().any(|t| t.ty == GgmlType::Q2_K);
@@ -118,7 +126,6 @@ pub fn after(
             );
         }
     }
-    let state = state_of(args.out().expect("a conversion has an output"));
     let digest = key(&rounded, &[&learn, &decide]);
     let job = Job {
         model: &model,

@@ -119,9 +119,10 @@ pub struct Scratch {
     /// Input of a branch.
     pub normed: Vec<f32>,
     rounded: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    /// `[tokens, heads x head_dim]`; keys and values `[tokens, kv_heads x head_dim]`.
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
     /// Input of the output matrix of attention.
     pub attended: Vec<f32>,
     branch: Vec<f32>,
@@ -210,11 +211,19 @@ impl Layer {
 
     /// Attention over `input`, up to the input of the output matrix: [`Scratch::attended`].
     pub fn attend(&self, pass: &Pass<'_>, input: &[f32], s: &mut Scratch) {
+        self.project(pass, input, s, |t| t % pass.length);
+        s.attended.resize(s.q.len(), 0.0);
+        let spec = &pass.model.spec;
+        attend(spec, &s.q, &s.k, &s.v, pass.length, spec.window_of(self.index), &mut s.attended);
+    }
+
+    /// Queries, keys and values of `input`, normed and rotated: [`Scratch::q`] and its fellows. `position`: of a row.
+    pub fn project(&self, pass: &Pass<'_>, input: &[f32], s: &mut Scratch, position: impl Fn(usize) -> usize + Sync) {
         let spec = &pass.model.spec;
         let mut input = Input::new(input, &mut s.rounded);
         run_all([(&self.q, &mut s.q), (&self.k, &mut s.k), (&self.v, &mut s.v)], &mut input);
-        let window = spec.window_of(self.index);
-        let rope = spec.has_rope(self.index).then_some(if window.is_some() { pass.window_rope } else { pass.rope });
+        let table = if spec.window_of(self.index).is_some() { pass.window_rope } else { pass.rope };
+        let rope = spec.has_rope(self.index).then_some(table);
         let finish = |heads: &mut [f32], norm: &Option<Vec<f32>>, width: usize, cached: bool| {
             heads.par_chunks_mut(width).enumerate().for_each_init(Vec::new, |normed: &mut Vec<f32>, (t, row)| {
                 if let Some(w) = norm {
@@ -226,7 +235,7 @@ impl Layer {
                     row.copy_from_slice(normed);
                 }
                 if let Some(rope) = rope {
-                    rope.apply(row, spec.head_dim, t % pass.length);
+                    rope.apply(row, spec.head_dim, position(t));
                 }
                 if cached && pass.activations == Activations::Ggml {
                     to_f16(row);
@@ -238,8 +247,6 @@ impl Layer {
         if pass.activations == Activations::Ggml {
             s.v.par_chunks_mut(self.v.outputs()).for_each(to_f16);
         }
-        s.attended.resize(s.q.len(), 0.0);
-        attend(spec, &s.q, &s.k, &s.v, pass.length, window, &mut s.attended);
     }
 
     /// `x += o(attended)`.

@@ -6,12 +6,15 @@
 
 pub mod attention;
 pub mod backward;
+pub mod cache;
+pub mod generate;
 pub mod kernels;
 pub mod layer;
 pub mod model;
 pub mod rope;
 pub mod rounding;
 pub mod run;
+mod sample;
 pub mod spec;
 
 use std::path::{Path, PathBuf};
@@ -50,6 +53,10 @@ pub enum ForwardError {
     Windows(String),
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },
+    #[error("this model cannot write text: {0}")]
+    Generate(String),
+    #[error("{0}")]
+    Memory(String),
     #[error("{0}")]
     Observer(String),
     #[error("interrupted")]

@@ -16,7 +16,7 @@ use std::path::Path;
 pub use ftype::FileType;
 pub use input::Input;
 pub use options::{Budget, Options, OutType, Rounding, Target, Via};
-pub use recipe::{BUILT_IN, Recipe};
+pub use recipe::{BUILT_IN, OWN, Recipe};
 
 use crate::calibration::imatrix::Imatrix;
 use crate::checkpoint::CheckpointError;

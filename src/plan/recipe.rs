@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 /// In place of a text: the corpus that ships with the program.
 pub const BUILT_IN: &str = "builtin";
+/// And for text that the model writes itself.
+pub const OWN: &str = "self";
 
 /// What a user can ask for. `None` and empty mean: the default.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -37,7 +39,8 @@ pub struct Recipe {
     pub pure: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub imatrix: Option<PathBuf>,
-    /// Texts that an importance matrix is made from before the conversion; [`BUILT_IN`] stands for the one that ships.
+    /// Texts that an importance matrix is made from before the conversion; [`BUILT_IN`] stands for the one that ships,
+    /// [`OWN`] for what the model writes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub calibrate: Vec<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,7 +114,7 @@ impl Recipe {
         let mut recipe: Recipe = toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
         let folder = path.parent().unwrap_or(Path::new("."));
         for file in recipe.files() {
-            if file.is_relative() && file.as_os_str() != BUILT_IN {
+            if file.is_relative() && file.as_os_str() != BUILT_IN && file.as_os_str() != OWN {
                 *file = folder.join(&*file);
             }
         }

@@ -123,6 +123,7 @@ impl RoundedTensors {
 
 /// Removes what a run left in `folder`.
 pub fn forget(folder: &Path) {
+    crate::calibration::words::forget(folder);
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();

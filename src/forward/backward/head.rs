@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::kernels::{add_squares, rms_norm_rows_back, soft_cap_back};
 use crate::forward::gemm::product_back;
 use crate::forward::run::Head;
+use crate::forward::sample::{draw, uniform};
 use crate::forward::{Activations, ForwardError, Model, kernels};
 
 /// What the head's rows may take as f32, twice.
@@ -32,30 +33,6 @@ impl Labels<'_> {
             Labels::Given(labels) => labels[position] as usize,
         }
     }
-}
-
-/// A number in \[0, 1): output `i` of SplitMix64 (Steele et al. 2014), mixed once more so that streams of neighbouring seeds
-/// have nothing in common.
-fn uniform(seed: u64, i: u64) -> f64 {
-    const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mix = |z: u64| {
-        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let bits = mix(mix(seed.wrapping_add(GAMMA)).wrapping_add(i.wrapping_add(1).wrapping_mul(GAMMA)));
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// The word whose share of the cumulative sum of `p` holds `u`.
-fn draw(p: &[f32], u: f64) -> usize {
-    let target = u * p.iter().map(|&v| f64::from(v)).sum::<f64>();
-    let mut sum = 0.0;
-    let found = p.iter().position(|&v| {
-        sum += f64::from(v);
-        sum > target
-    });
-    found.unwrap_or(p.len().saturating_sub(1))
 }
 
 /// The head set up for the backward pass.
@@ -160,25 +137,5 @@ impl<'a> HeadBack<'a> {
         let n = self.model.spec.embed;
         self.rows.resize((to - from) * n, 0.0);
         self.model.head_rows(from, to, &mut self.rows)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn draws_follow_the_probabilities() {
-        let p = [0.5f32, 0.0, 0.25, 0.25];
-        let mut counts = [0; 4];
-        for i in 0..40_000 {
-            counts[draw(&p, uniform(7, i))] += 1;
-        }
-        assert_eq!(counts[1], 0);
-        for (count, p) in counts.iter().zip(p) {
-            assert!((f64::from(*count) / 40_000.0 - f64::from(p)).abs() < 0.01, "{counts:?}");
-        }
-        assert_eq!((draw(&p, 0.0), draw(&p, 0.5), draw(&p, 0.999_999)), (0, 2, 3));
-        assert_ne!(uniform(1, 0), uniform(0, 1));
     }
 }

@@ -1,0 +1,110 @@
+//! `--quality`: one word for a whole way of converting, spelled out as the recipe that it stands for.
+//!
+//! | word | is |
+//! |---|---|
+//! | exact | llama.cpp's bytes (`--exact`) |
+//! | fast | llama.cpp's mix and its search, weighted by an importance matrix of the built-in text |
+//! | balanced | types allocated at the size of the mix, GPTQ with corrected targets |
+//! | best | balanced, and tuning |
+//!
+//! Without the word and without any other flag that says how weights become codes, it is `balanced`.
+
+use super::options::Target;
+use super::recipe::{BUILT_IN, Recipe, SELF};
+use super::{FileType, Options};
+
+/// A way of converting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Quality {
+    Exact,
+    Fast,
+    Balanced,
+    Best,
+}
+
+/// Steps of tuning that `best` does.
+pub const BEST_STEPS: u32 = 600;
+
+impl Quality {
+    /// From the text of a recipe.
+    pub fn parse(text: &str) -> Result<Quality, String> {
+        clap::ValueEnum::from_str(text, true)
+            .map_err(|_| format!("--quality: `{text}` is not exact, fast, balanced or best"))
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Quality::Exact => "exact",
+            Quality::Fast => "fast",
+            Quality::Balanced => "balanced",
+            Quality::Best => "best",
+        }
+    }
+
+    /// What a recipe asks for: by its word, or `balanced` where it says nothing of the matter and there is something to gain.
+    pub fn of(r: &Recipe) -> Result<Option<Quality>, String> {
+        if let Some(word) = &r.quality {
+            let quality = Quality::parse(word)?;
+            return match quality {
+                _ if r.exact && quality != Quality::Exact => Err("--exact is --quality exact".into()),
+                Quality::Fast if r.imatrix.is_none() && (r.like.is_some() || r.tune.is_some()) => {
+                    Err("--quality fast neither allocates nor tunes; take balanced or best".into())
+                }
+                _ if r.imatrix.is_some() && quality != Quality::Exact => {
+                    Err(format!("--quality {word} makes its own calibration: --imatrix does not go with it"))
+                }
+                _ => Ok(Some(quality)),
+            };
+        }
+        let says = r.exact
+            || r.imatrix.is_some()
+            || !r.calibrate.is_empty()
+            || r.rounding.is_some()
+            || r.outtype.is_some()
+            || r.via.is_some()
+            || r.vocab_only
+            || r.bigendian
+            || r.tune.is_some();
+        Ok((!says && worth(r)).then_some(Quality::Balanced))
+    }
+}
+
+/// Whether the type leaves something to gain: not floats, copies, or 8 bits.
+fn worth(r: &Recipe) -> bool {
+    let none = [FileType::F32, FileType::F16, FileType::BF16, FileType::Q8_0];
+    match Options::target_of(r) {
+        Ok(Target::Quantize(f)) => !none.contains(&f),
+        _ => false,
+    }
+}
+
+/// The recipe spelled out. What it says by itself stands.
+pub fn spelled_out(mut r: Recipe, quality: Quality) -> Recipe {
+    r.quality = Some(quality.name().into());
+    if quality == Quality::Exact {
+        r.exact = true;
+        return r;
+    }
+    if !worth(&r) {
+        return r;
+    }
+    if r.calibrate.is_empty() {
+        r.calibrate = vec![BUILT_IN.into()];
+        if quality != Quality::Fast {
+            r.calibrate.push(SELF.into());
+        }
+    }
+    if quality == Quality::Fast {
+        r.rounding.get_or_insert_with(|| "nearest".into());
+        return r;
+    }
+    r.rounding.get_or_insert_with(|| "gptq".into());
+    let sized = r.target_size.is_some() || r.target_bpw.is_some() || r.like.is_some();
+    if !sized && r.mix.is_none() && !r.pure && r.rounding.as_deref() == Some("gptq") {
+        r.like = r.r#type.clone();
+    }
+    if quality == Quality::Best && r.tune.is_none() {
+        r.tune = Some(BEST_STEPS);
+    }
+    r
+}
