@@ -65,6 +65,10 @@ quality MODEL *TYPES:
 bench-forward *ARGS:
     cargo run --release --example bench_forward -- {{ ARGS }}
 
+# Rate of GPTQ next to that of one large product; `block`: time and memory of one block of a large model
+bench-rounding *ARGS:
+    cargo run --release --example bench_rounding -- {{ ARGS }}
+
 # Speed of the block formats on one thread, by instruction set, next to ggml's
 bench-formats *ARGS:
     cargo run --release --example bench_formats -- --ggml $OSTQ_PEERS/bin/libggml-base.so {{ ARGS }}

@@ -16,6 +16,7 @@ pub mod imatrix_sums;
 pub mod imatrix_write;
 pub mod moments;
 pub mod run;
+pub mod stages;
 pub mod text;
 pub mod windows;
 pub mod words;

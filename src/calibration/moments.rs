@@ -110,7 +110,7 @@ impl Moments {
             return Err(MomentsError::Shape { values: x.len(), tokens, columns });
         }
         let count = self.count.checked_add(tokens as u64).ok_or(MomentsError::Count)?;
-        self.check(x)?;
+        check(x, columns, self.second.is_some())?;
         if tokens == 0 || columns == 0 {
             self.count = count;
             return Ok(());
@@ -131,27 +131,6 @@ impl Moments {
         }
         self.count = count;
         Ok(())
-    }
-
-    /// Finite, and for second moments small enough that an f32 sum of products cannot overflow.
-    fn check(&self, x: &[f32]) -> Result<(), MomentsError> {
-        let limit = match self.second {
-            Some(_) => (f32::MAX / linalg::F32_RUN as f32).sqrt(),
-            None => f32::MAX,
-        };
-        // false for NaN as well
-        let good = |v: f32| v.abs() <= limit;
-        let piece = 4 * COLUMNS;
-        let Some(part) = x.par_chunks(piece).position_first(|part| !part.iter().fold(true, |ok, &v| ok & good(v)))
-        else {
-            return Ok(());
-        };
-        let bad = x[part * piece..].iter().position(|&v| !good(v)).map_or(0, |i| part * piece + i);
-        let (token, column, value) = (bad / self.columns, bad % self.columns, x[bad]);
-        Err(match value.is_finite() {
-            true => MomentsError::TooLarge { token, column, value },
-            false => MomentsError::NotFinite { token, column, value },
-        })
     }
 
     /// Adds the tokens of `other`.
@@ -191,6 +170,26 @@ impl Moments {
     pub fn bytes(&self) -> usize {
         size_of::<f64>() * (self.sum.len() + self.sum2.len() + self.second.as_ref().map_or(0, Vec::len))
     }
+}
+
+/// Finite, and for second moments small enough that an f32 sum of products cannot overflow: `x` is \[tokens, columns\].
+pub fn check(x: &[f32], columns: usize, second: bool) -> Result<(), MomentsError> {
+    let limit = match second {
+        true => (f32::MAX / linalg::F32_RUN as f32).sqrt(),
+        false => f32::MAX,
+    };
+    // false for NaN as well
+    let good = |v: f32| v.abs() <= limit;
+    let piece = 4 * COLUMNS;
+    let Some(part) = x.par_chunks(piece).position_first(|part| !part.iter().fold(true, |ok, &v| ok & good(v))) else {
+        return Ok(());
+    };
+    let bad = x[part * piece..].iter().position(|&v| !good(v)).map_or(0, |i| part * piece + i);
+    let (token, column, value) = (bad / columns, bad % columns, x[bad]);
+    Err(match value.is_finite() {
+        true => MomentsError::TooLarge { token, column, value },
+        false => MomentsError::NotFinite { token, column, value },
+    })
 }
 
 /// Zeroed memory, or `None` where there is not enough.

@@ -163,6 +163,8 @@ pub trait Watch {
     fn resumed(&mut self, layers: usize);
     /// How many tokens the experts of a layer saw, before any prior.
     fn experts(&mut self, _coverage: Vec<Coverage>) {}
+    /// Where the time of a rounding run went up to the layer that is done.
+    fn stages(&mut self, _stages: &super::stages::Stages) {}
 }
 
 /// Runs what is not done yet; sums of all weights. With `hessians` their second moments are written there.

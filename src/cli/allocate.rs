@@ -6,15 +6,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::args::ConvertArgs;
-use super::calibrate::pool;
+use super::calibrate::{Prepared, pool};
 use super::steps::Steps;
 use super::{Failure, REFUSED, USAGE, print, words};
 use crate::allocation::{AllocationError, TensorCosts, costs, knapsack};
 use crate::calibration::{fingerprint, windows};
-use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::{Budget, Input, Options, Plan};
-use crate::tokenizer::encode::TextEncoder;
 
 /// Windows of the second moments, and of the backward pass.
 const WINDOWS: usize = 64;
@@ -121,9 +119,6 @@ fn predicted(
 ) -> Result<Vec<TensorCosts>, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
     let recipe = &options.recipe;
-    let model = Model::new(path, &*input.source, &input.metadata)?;
-    let encoder = TextEncoder::from_metadata(&input.metadata)
-        .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
     let length = recipe.ctx.unwrap_or(512) as usize;
     let request = words::Request {
         words: &recipe.calibrate,
@@ -135,13 +130,14 @@ fn predicted(
         state,
         quiet: args.quiet,
     };
-    let (mut tokens, _) = words::windows(&model, &encoder, &request)?;
-    tokens.truncate(WINDOWS * length);
+    let prepared = Prepared::new((path, input), &request)?;
+    let (model, all) = (&prepared.model, &prepared.tokens);
+    let tokens = &all[..all.len().min(WINDOWS * length)];
     let candidates = candidates(plan, input, options);
     let mut kept = Kept {
         version: env!("CARGO_PKG_VERSION").into(),
         fingerprint: fingerprint::fingerprint(model.source()),
-        text: windows::digest(&tokens),
+        text: windows::digest(tokens),
         candidates: candidates
             .iter()
             .map(|(n, t)| (n.clone(), t.iter().map(|t| t.name().to_string()).collect()))
@@ -163,8 +159,7 @@ fn predicted(
             BACKWARD.min(tokens.len() / length) * length
         ));
     }
-    let job =
-        costs::Job { model: &model, tokens: &tokens, length, batch: BATCH, backward: BACKWARD, candidates, state };
+    let job = costs::Job { model, tokens, length, batch: BATCH, backward: BACKWARD, candidates, state };
     let mut steps: Option<Steps> = None;
     let pool = pool(args.threads())?;
     let quiet = args.quiet;

@@ -105,8 +105,29 @@ impl Opened {
 
     /// Its tokenizer.
     pub fn encoder(&self) -> Result<TextEncoder, Failure> {
-        TextEncoder::from_metadata(&self.input.metadata)
-            .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", self.path.display())))
+        encoder(&self.path, &self.input)
+    }
+}
+
+fn encoder(path: &Path, input: &Input) -> Result<TextEncoder, Failure> {
+    TextEncoder::from_metadata(&input.metadata).map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))
+}
+
+/// A model, and text cut into windows for it.
+pub struct Prepared<'a> {
+    pub model: Model<'a>,
+    /// Whole windows.
+    pub tokens: Vec<u32>,
+    /// Names of the texts.
+    pub texts: Vec<String>,
+}
+
+impl<'a> Prepared<'a> {
+    /// The model `input` of `path` with the text that `request` asks for.
+    pub fn new((path, input): (&Path, &'a Input), request: &words::Request<'_>) -> Result<Prepared<'a>, Failure> {
+        let model = Model::new(path, &*input.source, &input.metadata)?;
+        let (tokens, texts) = words::windows(&model, &encoder(path, input)?, request)?;
+        Ok(Prepared { model, tokens, texts })
     }
 }
 
@@ -134,31 +155,27 @@ pub struct Request<'a> {
 
 /// Runs the text through the model; the sums.
 pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Failure> {
-    let model = opened.model()?;
-    let encoder = opened.encoder()?;
-    let (tokens, texts) = words::windows(
-        &model,
-        &encoder,
-        &words::Request {
-            words: request.texts,
-            length: request.ctx,
-            limit: request.chunks,
-            threads: request.threads,
-            max_memory: request.max_memory,
-            state: request.state,
-            quiet: request.quiet,
-        },
-    )?;
+    let words = words::Request {
+        words: request.texts,
+        length: request.ctx,
+        limit: request.chunks,
+        threads: request.threads,
+        max_memory: request.max_memory,
+        state: request.state,
+        quiet: request.quiet,
+    };
+    let prepared = Prepared::new((&opened.path, &opened.input), &words)?;
+    let (model, tokens) = (&prepared.model, &prepared.tokens);
     let windows = tokens.len() / request.ctx;
     let pool = pool(request.threads)?;
     let second = request.second.is_some();
     let threads = pool.current_num_threads();
-    let memory = run::memory(&model, (windows, request.ctx), second, threads, request.max_memory)
+    let memory = run::memory(model, (windows, request.ctx), second, threads, request.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     if !request.quiet {
         print::stderr(&format!(
             "calibration on {}: {} tokens in {windows} windows; at most {} of memory, {} on disk meanwhile, {}",
-            texts.join(", "),
+            prepared.texts.join(", "),
             tokens.len(),
             human(memory.peak),
             human((tokens.len() * model.spec.embed * 8) as u64),
@@ -166,12 +183,12 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
         ));
     }
     let job = Job {
-        model: &model,
-        tokens: &tokens,
+        model,
+        tokens,
         length: request.ctx,
-        datasets: texts,
+        datasets: prepared.texts.clone(),
         fingerprint: fingerprint::fingerprint(model.source()),
-        text: text::digest(&tokens),
+        text: text::digest(tokens),
         second,
         output: request.output,
         prior: request.prior,

@@ -5,17 +5,15 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::args::ConvertArgs;
-use super::calibrate::{pool, state_of};
+use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
 use super::{Failure, RESOURCE, print, words};
 use crate::calibration::{fingerprint, windows::digest};
-use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
 use crate::plan::{Input, Plan, Recipe};
 use crate::rounding::run::{self, Job};
 use crate::rounding::state::{Report, RoundedTensors};
-use crate::tokenizer::encode::TextEncoder;
 
 /// Tokens that are enough: with 8 thousand most of what GPTQ with corrected targets gains is lost again.
 const TOKENS: u64 = crate::calibration::words::TOKENS as u64;
@@ -49,9 +47,6 @@ pub fn windows(recipe: &Recipe) -> usize {
 /// Rounds what the plan says.
 pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> Result<RoundedTensors, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
-    let model = Model::new(path, &*input.source, &input.metadata)?;
-    let encoder = TextEncoder::from_metadata(&input.metadata)
-        .map_err(|e| Failure::new(super::REFUSED, format!("{}: {e}", path.display())))?;
     let length = recipe.ctx.unwrap_or(512) as usize;
     let state = state_of(args.out().expect("a conversion has an output"));
     let request = words::Request {
@@ -63,17 +58,18 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         state: &state,
         quiet: args.quiet,
     };
-    let (tokens, texts) = words::windows(&model, &encoder, &request)?;
+    let prepared = Prepared::new((path, input), &request)?;
+    let (model, tokens) = (&prepared.model, &prepared.tokens);
     let pool = pool(args.threads())?;
     let threads = pool.current_num_threads();
-    let kept = run::kept(&model, tokens.len(), recipe.one_pass);
+    let kept = run::kept(model, tokens.len(), recipe.one_pass);
     let room = args.max_memory.unwrap_or_else(|| available_memory() / 2);
     let mut batch = BATCH.min(tokens.len() / length);
-    let keep = run::memory(&model, length, batch, threads) + kept <= room;
-    while batch > 1 && args.max_memory.is_some_and(|l| run::memory(&model, length, batch, threads) > l) {
+    let keep = run::memory(model, length, batch, threads) + kept <= room;
+    while batch > 1 && args.max_memory.is_some_and(|l| run::memory(model, length, batch, threads) > l) {
         batch -= 1;
     }
-    let needed = run::memory(&model, length, batch, threads) + if keep { kept } else { 0 };
+    let needed = run::memory(model, length, batch, threads) + if keep { kept } else { 0 };
     if let Some(limit) = args.max_memory.filter(|l| needed > *l) {
         let (limit, needed) = (human(limit), human(needed));
         return Err(Failure::new(
@@ -83,11 +79,12 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     }
     let spec = &model.spec;
     let paths = if recipe.one_pass { 1 } else { 2 };
-    let disk = (tokens.len() * 2 * spec.embed * 4 * paths) as u64 + if keep { 0 } else { kept };
+    let streams = (tokens.len() * spec.embed * 4 * paths) as u64;
+    let disk = streams + if keep { streams } else { kept };
     if !args.quiet {
         print::stderr(&format!(
             "rounding with GPTQ on {}: {} tokens in {} windows{}; at most {} of memory, {} on disk meanwhile, {}",
-            texts.join(", "),
+            prepared.texts.join(", "),
             tokens.len(),
             tokens.len() / length,
             if recipe.one_pass { ", float inputs" } else { ", targets corrected" },
@@ -103,12 +100,12 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         }
     }
     let job = Job {
-        model: &model,
-        tokens: &tokens,
+        model,
+        tokens,
         length,
         types: types(plan, input),
         fingerprint: fingerprint::fingerprint(model.source()),
-        text: digest(&tokens),
+        text: digest(tokens),
         one_pass: recipe.one_pass,
         batch,
         backward: coarse_embedding(plan) as usize * BACKWARD,

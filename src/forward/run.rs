@@ -57,6 +57,25 @@ impl Hidden {
         })
     }
 
+    /// `count` values from `at` on: themselves if they are in memory, otherwise read into `buffer`.
+    pub fn part<'a>(&'a self, at: usize, count: usize, buffer: &'a mut Vec<f32>) -> Result<&'a [f32], ForwardError> {
+        if let Hidden::Memory(v) = self {
+            return Ok(&v[at..at + count]);
+        }
+        buffer.resize(count, 0.0);
+        self.read(at, buffer)?;
+        Ok(buffer)
+    }
+
+    /// Copies the first `values` values of `other`.
+    pub fn copy(&mut self, other: &Hidden, values: usize) -> Result<(), ForwardError> {
+        let mut buffer = Vec::new();
+        for at in (0..values).step_by(16 * PIECE) {
+            self.write(at, other.part(at, (16 * PIECE).min(values - at), &mut buffer)?)?;
+        }
+        Ok(())
+    }
+
     /// A checksum of the first `values` values, in hexadecimal: against accidents, not against intent.
     pub fn digest(&self, values: usize) -> Result<String, ForwardError> {
         let piece = |i: usize| {
@@ -72,7 +91,10 @@ impl Hidden {
     /// Overwrites values from `at` on.
     pub fn write(&mut self, at: usize, values: &[f32]) -> Result<(), ForwardError> {
         match self {
-            Hidden::Memory(v) => v[at..at + values.len()].copy_from_slice(values),
+            Hidden::Memory(v) => {
+                let into = v[at..at + values.len()].par_chunks_mut(PIECE / 8);
+                into.zip(values.par_chunks(PIECE / 8)).for_each(|(o, v)| o.copy_from_slice(v));
+            }
             // one thread: a file takes one write at a time
             Hidden::File { file, path } => file
                 .write_all_at(bytemuck::cast_slice(values), at as u64 * 4)

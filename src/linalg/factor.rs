@@ -2,6 +2,7 @@
 
 use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::{MatMut, MatRef, Par};
 
 use super::mirror;
@@ -81,30 +82,162 @@ fn finite(a: &[f64], n: usize) -> Result<(), LinalgError> {
     Ok(())
 }
 
-/// The inverse of a lower triangular `l` \[n, n\].
-#[inline(never)]
-pub fn invert_lower(l: &[f64], n: usize, par: Par) -> Vec<f64> {
-    let mut inverse = vec![0.0; n * n];
-    let into = MatMut::from_row_major_slice_mut(&mut inverse, n, n);
-    faer::linalg::triangular_inverse::invert_lower_triangular(into, MatRef::from_row_major_slice(l, n, n), par);
-    inverse
+/// Largest block that is factored by the library at once.
+const BLOCK: usize = 128;
+/// Edge of a tile of an update.
+const TILE: usize = 256;
+
+/// Factors the symmetric positive definite `a` \[n, n\] as `Rᵀ R`, its upper triangle in place: element `(i, j)`, `j ≥ i`,
+/// becomes `R_ij = L_ji` of `a = L Lᵀ`. Below the diagonal nothing is read or written. On an error the contents of `a` are
+/// unspecified. Halved down to blocks, updates cut into tiles by size alone and spread over the current pool: the same for
+/// any number of threads.
+pub fn factor_upper(a: &mut [f64], n: usize) -> Result<(), LinalgError> {
+    assert!(a.len() == n * n, "{n}x{n}");
+    halves(MatMut::from_column_major_slice_mut(a, n, n)).map_err(|pivot| match a[pivot * n + pivot] {
+        value if value.is_finite() => LinalgError::NotPositiveDefinite { n, pivot },
+        value => LinalgError::NotFinite { n, row: pivot, column: pivot, value },
+    })
 }
 
-/// `x ← x (L Lᵀ)⁻¹`: `l` lower triangular \[n, n\], `x` \[m, n\].
+/// The lower triangle of `a`, factored; the pivot that was not above zero.
+fn halves(a: MatMut<'_, f64>) -> Result<(), usize> {
+    let n = a.nrows();
+    if n <= BLOCK {
+        return block(a);
+    }
+    let at = (n / 2).next_multiple_of(BLOCK).min(n - 1);
+    let (mut a00, _, mut a10, mut a11) = a.split_at_mut(at, at);
+    halves(a00.as_mut())?;
+    solve_columns(a00.as_ref(), a10.as_mut().transpose_mut(), true);
+    downdate(a11.as_mut(), a10.as_ref(), a10.as_ref(), true);
+    halves(a11).map_err(|pivot| at + pivot)
+}
+
 #[inline(never)]
-pub fn solve(l: &[f64], x: &mut [f64], n: usize, par: Par) {
-    use faer::linalg::cholesky::llt::solve::{solve_in_place, solve_in_place_scratch};
-    let m = x.len() / n;
-    let mut memory = faer::dyn_stack::MemBuffer::new(solve_in_place_scratch::<f64>(n, m, par));
-    let x = MatMut::from_column_major_slice_mut(x, n, m);
-    let l = MatRef::from_row_major_slice(l, n, n);
-    solve_in_place(l, x, par, faer::dyn_stack::MemStack::new(&mut memory));
+fn block(mut a: MatMut<'_, f64>) -> Result<(), usize> {
+    let n = a.nrows();
+    let mut memory = faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default()));
+    let stack = faer::dyn_stack::MemStack::new(&mut memory);
+    cholesky_in_place(a.as_mut(), Default::default(), Par::Seq, stack, Default::default())
+        .map_err(|LltError::NonPositivePivot { index }| index)?;
+    let good = |i: &usize| a[(*i, *i)].is_finite() && a[(*i, *i)] > 0.0;
+    (0..n).find(|i| !good(i)).map_or(Ok(()), Err)
+}
+
+/// `c −= a bᵀ` over tiles; of a diagonal part (`a` is `b`) only what is on or below the diagonal.
+fn downdate(c: MatMut<'_, f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>, diagonal: bool) {
+    let (m, n) = (c.nrows(), c.ncols());
+    if diagonal && n > TILE {
+        let at = (n / 2).next_multiple_of(TILE).min(n - 1);
+        let (top, _, below, bottom) = c.split_at_mut(at, at);
+        let (a0, a1) = a.split_at_row(at);
+        rayon::join(
+            || downdate(below, a1, a0, false),
+            || rayon::join(|| downdate(top, a0, a0, true), || downdate(bottom, a1, a1, true)),
+        );
+    } else if n > TILE && n >= m {
+        let at = (n / 2).next_multiple_of(TILE).min(n - 1);
+        let (left, right) = c.split_at_col_mut(at);
+        let (b0, b1) = b.split_at_row(at);
+        rayon::join(|| downdate(left, a, b0, false), || downdate(right, a, b1, false));
+    } else if m > TILE {
+        let at = (m / 2).next_multiple_of(TILE).min(m - 1);
+        let (above, below) = c.split_at_row_mut(at);
+        let (a0, a1) = a.split_at_row(at);
+        rayon::join(|| downdate(above, a0, b, false), || downdate(below, a1, b, false));
+    } else {
+        downdate_tile(c, a, b, diagonal);
+    }
+}
+
+/// Through a buffer, as [`super::add_times`].
+#[inline(never)]
+fn downdate_tile(c: MatMut<'_, f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>, diagonal: bool) {
+    let (m, n) = (c.nrows(), c.ncols());
+    let mut product = vec![0.0; m * n];
+    let into = MatMut::from_column_major_slice_mut(&mut product, m, n);
+    faer::linalg::matmul::matmul(into, faer::Accum::Replace, a, b.transpose(), 1.0, Par::Seq);
+    for (j, (column, product)) in c.col_iter_mut().zip(product.chunks_exact(m)).enumerate() {
+        let column = column.try_as_col_major_mut().expect("columns are contiguous").as_slice_mut();
+        let from = if diagonal { j } else { 0 };
+        column[from..].iter_mut().zip(&product[from..]).for_each(|(c, p)| *c -= p);
+    }
+}
+
+/// Columns of the right-hand side that one task solves for, and the least edge of a triangle that is cut in two.
+const TASK: usize = 64;
+
+/// The upper triangle of `r` \[n, n\], in its own place: `r ← r⁻ᵀ` as a lower triangle in columns, that is, element `(i, j)`,
+/// `j ≥ i`, becomes `(L⁻¹)_ji` where it was `L_ji` ([`factor_upper`]). Below the diagonal nothing is read or written.
+pub fn invert_upper(r: &mut [f64], n: usize) {
+    assert!(r.len() == n * n, "{n}x{n}");
+    invert(MatMut::from_column_major_slice_mut(r, n, n));
+}
+
+/// `[A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹, C⁻¹]`, halves beside each other.
+fn invert(l: MatMut<'_, f64>) {
+    let n = l.nrows();
+    if n <= TASK {
+        return invert_small(l);
+    }
+    let at = (n / 2).next_multiple_of(TASK).min(n - 1);
+    let (mut a, _, mut b, mut c) = l.split_at_mut(at, at);
+    solve_columns(c.as_ref(), b.as_mut(), true);
+    // B A⁻¹ = (A⁻ᵀ Bᵀ)ᵀ
+    solve_columns(a.as_ref().transpose(), b.as_mut().transpose_mut(), false);
+    negate(b);
+    rayon::join(|| invert(a.as_mut()), || invert(c.as_mut()));
+}
+
+fn negate(b: MatMut<'_, f64>) {
+    let n = b.ncols();
+    if n > TASK {
+        let (left, right) = b.split_at_col_mut(n / 2);
+        rayon::join(|| negate(left), || negate(right));
+    } else {
+        b.col_iter_mut().for_each(|c| c.iter_mut().for_each(|v| *v = -*v));
+    }
+}
+
+#[inline(never)]
+fn invert_small(mut l: MatMut<'_, f64>) {
+    let n = l.nrows();
+    let mut inverse = [0.0; TASK * TASK];
+    let mut into = MatMut::from_column_major_slice_mut(&mut inverse[..n * n], n, n);
+    faer::linalg::triangular_inverse::invert_lower_triangular(into.as_mut(), l.as_ref(), Par::Seq);
+    for column in 0..n {
+        (column..n).for_each(|row| l[(row, column)] = into[(row, column)]);
+    }
+}
+
+/// `x ← T⁻¹ x` of a lower or upper triangle, some columns of `x` a task.
+#[inline(never)]
+fn solve_columns(t: MatRef<'_, f64>, x: MatMut<'_, f64>, lower: bool) {
+    let m = x.ncols();
+    if m > TASK {
+        let (left, right) = x.split_at_col_mut((m / 2).next_multiple_of(TASK).min(m - 1));
+        rayon::join(|| solve_columns(t, left, lower), || solve_columns(t, right, lower));
+    } else if lower {
+        solve_lower_triangular_in_place(t, x, Par::Seq);
+    } else {
+        solve_upper_triangular_in_place(t, x, Par::Seq);
+    }
+}
+
+/// `x ← x (Rᵀ R)⁻¹`: `r` of [`factor_upper`], `x` \[m, n\]. Spread over the current pool; the same for any number of threads.
+pub fn solve(r: &[f64], x: &mut [f64], n: usize) {
+    let m = x.len() / n.max(1);
+    assert!(r.len() == n * n && x.len() == m * n, "{m} rows of {n}");
+    let l = MatRef::from_column_major_slice(r, n, n);
+    let mut x = MatMut::from_column_major_slice_mut(x, n, m);
+    solve_columns(l, x.as_mut(), true);
+    solve_columns(l.transpose(), x, false);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::values;
-    use super::super::{all_threads, gemm_f64, syrk_f64};
+    use super::super::tests::{on_threads, values};
+    use super::super::{all_threads, gemm_f64, mirror, syrk_f64};
     use super::*;
 
     #[test]
@@ -131,6 +264,56 @@ mod tests {
         for (i, j) in (0..n).flat_map(|i| (0..=i).map(move |j| (i, j))) {
             assert!((back[i * n + j] - a[i * n + j]).abs() < 1e-10, "{i},{j}");
         }
+    }
+
+    /// Rᵀ R is the matrix, R⁻ᵀ its inverse's factor, solve undoes a product; whatever the number of threads.
+    #[test]
+    fn upper_factors_inverses_and_solutions() {
+        for n in [1usize, 5, 64, 129, 300, 577] {
+            let tokens = 2 * n + 3;
+            let x: Vec<f64> = values(tokens * n, 5).iter().map(|v| (*v).into()).collect();
+            let mut a = vec![0.0; n * n];
+            syrk_f64(&mut a, &x, tokens, n, Par::Seq);
+            mirror(&mut a, n);
+            // below the diagonal nothing may be read
+            let mut r = a.clone();
+            (0..n).for_each(|i| r[i * n..i * n + i].fill(f64::NAN));
+            let start = r.clone();
+            factor_upper(&mut r, n).unwrap();
+            let mut inverse = r.clone();
+            invert_upper(&mut inverse, n);
+            let mut solved = a[..n.min(70) * n].to_vec();
+            solve(&r, &mut solved, n);
+            for (i, j) in (0..n).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                if j < i {
+                    assert!(r[i * n + j].is_nan() && inverse[i * n + j].is_nan(), "{i},{j}");
+                    continue;
+                }
+                let product: f64 = (0..=i).map(|k| r[k * n + i] * r[k * n + j]).sum();
+                assert!((product - a[i * n + j]).abs() < 1e-10, "{n}: {i},{j}");
+                // (L⁻¹ L)_ji
+                let one: f64 = (i..=j).map(|k| inverse[k * n + j] * r[i * n + k]).sum();
+                assert!((one - f64::from(i == j)).abs() < 1e-9, "{n}: {i},{j}: {one}");
+            }
+            for (at, v) in solved.iter().enumerate() {
+                assert!((v - f64::from(at / n == at % n)).abs() < 1e-7, "{n} at {at}: {v}");
+            }
+            on_threads(3, || {
+                let (mut again, mut other) = (start, inverse.clone());
+                factor_upper(&mut again, n).unwrap();
+                let same = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same(&again, &r), "{n} on 3 threads");
+                other.copy_from_slice(&r);
+                invert_upper(&mut other, n);
+                assert!(same(&other, &inverse), "{n} on 3 threads");
+                let mut x = a[..n.min(70) * n].to_vec();
+                solve(&r, &mut x, n);
+                assert!(x == solved, "{n} on 3 threads");
+            });
+        }
+        let mut a = vec![0.0; 300 * 300];
+        (0..300).for_each(|i| a[i * 301] = if i == 200 { -1.0 } else { 1.0 });
+        assert_eq!(factor_upper(&mut a, 300), Err(LinalgError::NotPositiveDefinite { n: 300, pivot: 200 }));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Dense linear algebra for the forward pass, calibration and checks: products, symmetric rank-k updates, Cholesky,
 //! eigenvalues. The one place that knows faer.
 //!
-//! Matrices are slices, row-major; a part of one is a [`View`]. Nothing here is generic, so that faer's kernels are compiled
+//! Matrices are slices, row-major; a part of one is a [`View`]. No product is generic, so that faer's kernels are compiled
 //! once. Products are cut into tiles by shape alone and each tile is computed on one thread: the result does not depend on
 //! the number of threads ([`Par`] only says whether tiles may run beside each other, on rayon's current pool). It may differ
 //! in the last bits between processors, whose kernels sum in different orders.
@@ -11,14 +11,16 @@
 
 mod factor;
 mod product;
+mod sums;
 mod symmetric;
 mod view;
 
 pub use faer::Par;
 
-pub use factor::{LinalgError, cholesky, eigen, invert_lower, solve};
-pub use product::{Product, add_cross, add_times, product, product_back, products, times};
-pub use symmetric::{F32_RUN, gemm_f64, mirror, packed_len, syrk_f64, syrk_packed, unpack};
+pub use factor::{LinalgError, cholesky, eigen, factor_upper, invert_upper, solve};
+pub use product::{Product, add_cross, add_times, add_times_whole, product, product_back, products, times};
+pub use sums::add_sums;
+pub use symmetric::{F32_RUN, fill, gemm_f64, mirror, packed_at, packed_len, syrk_f64, syrk_packed, unpack};
 pub use view::{View, ViewMut};
 
 /// All threads of rayon's current pool.
@@ -38,6 +40,11 @@ pub(crate) mod tests {
             (s >> 40) as f32 / (1 << 23) as f32 - 1.0
         };
         (0..n).map(|_| next()).collect()
+    }
+
+    /// The packed lower triangle of `a` \[n, n\].
+    pub(crate) fn packed(a: &[f64], n: usize) -> Vec<f64> {
+        (0..n).flat_map(|i| &a[i * n..][..=i]).copied().collect()
     }
 
     pub(super) fn on_threads<T: Send>(n: usize, f: impl FnOnce() -> T + Send) -> T {

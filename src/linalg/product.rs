@@ -94,6 +94,16 @@ pub fn add_cross(c: &mut [f32], a: &[f32], b: &[f32], tokens: usize, n: usize) {
     });
 }
 
+/// `out += alpha · a · b` on this thread, where `out` is a whole matrix, not a part of the columns of one ([`add_times`]).
+#[inline(never)]
+pub fn add_times_whole(out: ViewMut<'_>, a: View<'_>, b: View<'_>, alpha: f32) {
+    if out.0.nrows() == 0 || a.0.ncols() == 0 {
+        return;
+    }
+    assert!(out.0.row_stride() == out.0.ncols() as isize && out.0.col_stride() == 1, "rows one behind the other");
+    matmul(out.0, Accum::Add, a.0, b.0, alpha, Par::Seq);
+}
+
 /// `out = a · w`: `a` is `[m, k]`, `w` is `[k, n]`, `out` is `[m, n]`: a gradient led back through a weight.
 pub fn product_back(a: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
     let (m, n) = (a.len() / k, w.len() / k);
@@ -147,6 +157,29 @@ mod tests {
                 assert!((f64::from(*out) - sum).abs() < 1e-4, "{i} {j}");
                 let sum: f64 = (0..k).map(|x| f64::from(b[x * m + i]) * f64::from(w[x * n + j])).sum();
                 assert!((f64::from(*cross) - 1.0 - sum).abs() < 1e-4, "{i} {j}");
+            }
+        }
+    }
+
+    #[test]
+    fn additions_to_whole_matrices_stay_inside_them() {
+        for (m, n, k, wide) in [(20, 64, 32, 40), (223, 96, 16, 500), (7, 16, 5, 9), (576, 80, 256, 600), (3, 48, 1, 3)]
+        {
+            let (a, b) = (values(k * wide, 1), values(k * n, 2));
+            let mut out = values((m + 2) * n, 3);
+            let before = out.clone();
+            // the transpose of a part, as GPTQ has it
+            let a_part = View::new(&a, k, wide).part((0, wide - m), k, m).transpose();
+            add_times_whole(ViewMut::new(&mut out[n..(m + 1) * n], m, n), a_part, View::new(&b, k, n), -1.0);
+            for (at, (new, old)) in out.iter().zip(&before).enumerate() {
+                let (i, j) = (at / n, at % n);
+                if i == 0 || i > m {
+                    assert_eq!(new, old, "outside at {i}, {j}");
+                    continue;
+                }
+                let terms = (0..k).map(|x| f64::from(a[x * wide + wide - m + i - 1]) * f64::from(b[x * n + j]));
+                let exact = f64::from(*old) - terms.sum::<f64>();
+                assert!((f64::from(*new) - exact).abs() < 1e-4, "{m}x{n}x{k} at {i}, {j}: {new} {exact}");
             }
         }
     }

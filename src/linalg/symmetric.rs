@@ -4,6 +4,7 @@
 
 use faer::linalg::matmul::{matmul, triangular};
 use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
 
 /// Edge of a tile in rows and columns. Large enough that packing is a small share, small enough for two cores to share.
 const TILE: usize = 256;
@@ -87,6 +88,25 @@ pub const fn packed_len(n: usize) -> Option<usize> {
     }
 }
 
+/// Where a packed lower triangle has its element of row `i` and column `j ≤ i`.
+#[inline(always)]
+pub const fn packed_at(i: usize, j: usize) -> usize {
+    i * (i + 1) / 2 + j
+}
+
+/// Sets every element `(i, j)` of `a` \[n, n\] to `value(i, j)`, in tiles: it may look across rows.
+pub fn fill<T: Send>(a: &mut [T], n: usize, value: impl Fn(usize, usize) -> T + Sync) {
+    const EDGE: usize = 32;
+    a.par_chunks_mut(EDGE * n.max(1)).enumerate().for_each(|(band, rows)| {
+        for left in (0..n).step_by(EDGE) {
+            for (i, row) in rows.chunks_exact_mut(n).enumerate() {
+                let tile = &mut row[left..(left + EDGE).min(n)];
+                tile.iter_mut().enumerate().for_each(|(j, v)| *v = value(band * EDGE + i, left + j));
+            }
+        }
+    });
+}
+
 /// `H += Xᵀ X`, packed lower triangle (row `i` has its `i + 1` elements at `i (i + 1) / 2`): products in f32, summed in f32
 /// over at most [`F32_RUN`] tokens, the sums added in f64. Beside `h` it takes one f32 tile per thread.
 #[inline(never)]
@@ -136,9 +156,15 @@ pub fn unpack(packed: &[f64], n: usize) -> Vec<f64> {
 
 /// Copies the lower triangle of `a` \[n, n\] to the upper one.
 pub fn mirror(a: &mut [f64], n: usize) {
-    for row in 0..n {
-        for column in 0..row {
-            a[column * n + row] = a[row * n + column];
+    // tiles that fit the nearest cache: one of the two sides goes across rows
+    const EDGE: usize = 32;
+    for top in (0..n).step_by(EDGE) {
+        for left in (0..=top).step_by(EDGE) {
+            for row in top..(top + EDGE).min(n) {
+                for column in left..(left + EDGE).min(row) {
+                    a[column * n + row] = a[row * n + column];
+                }
+            }
         }
     }
 }

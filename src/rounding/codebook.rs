@@ -282,8 +282,7 @@ mod tests {
             .collect();
         let mut h = vec![0f64; n * n];
         linalg::syrk_f64(&mut h, &x, 2 * n, n, linalg::Par::Seq);
-        linalg::mirror(&mut h, n);
-        Factor::new(h, n, 0.01, linalg::Par::Seq).unwrap()
+        Factor::new(&linalg::tests::packed(&h, n), 1, n, 0.01).unwrap()
     }
 
     fn quadratic(h: &[Vec<f64>], e: &[f64]) -> f64 {
@@ -332,7 +331,7 @@ mod tests {
             factor(n)
         } else {
             let h = (0..n * n).map(|i| if i / n == i % n { 1.0 + (i % 7) as f64 } else { 0.0 }).collect();
-            Factor::new(h, n, 0.0, linalg::Par::Seq).unwrap()
+            Factor::new(&linalg::tests::packed(&h, n), 1, n, 0.0).unwrap()
         };
         let norms = Norms::new(c, &f);
         let (mut sum, mut sum_best) = (0.0, 0.0);

@@ -4,9 +4,11 @@
 //! moves the later columns by `−e / U_jj · U_j,later`, and `e² / U_jj²` is what the error costs when they do. `U` comes from
 //! one factorisation and one triangular inverse: with `P` the reversal of the order and `P H P = L Lᵀ`, `U = P L⁻¹ P`.
 
+use rayon::prelude::*;
+
 use super::RoundingError;
 use crate::calibration::moments::Moments;
-use crate::linalg::{self, Par};
+use crate::linalg::{self, packed_at};
 
 /// A damped Hessian and its factor.
 pub struct Factor {
@@ -32,43 +34,37 @@ pub fn mean_second(m: &Moments) -> Option<Vec<f64>> {
     Some(h)
 }
 
-/// Mean of the diagonal.
-pub fn mean_diagonal(h: &[f64], n: usize) -> f64 {
-    (0..n).map(|i| h[i * n + i]).sum::<f64>() / n.max(1) as f64
+/// Mean of the diagonal of a packed lower triangle.
+pub fn mean_diagonal(second: &[f64], n: usize) -> f64 {
+    (0..n).map(|i| second[packed_at(i, i)]).sum::<f64>() / n.max(1) as f64
 }
 
 impl Factor {
-    /// Damps `h` \[n, n\] with `damping` of the mean of its diagonal, ten times more as often as it has no factor.
-    pub fn new(mut h: Vec<f64>, n: usize, damping: f64, par: Par) -> Result<Factor, RoundingError> {
-        let mean = mean_diagonal(&h, n);
+    /// Of the packed lower triangle `second` of `count` times the Hessian; damped with `damping` of the mean of its diagonal,
+    /// ten times more as often as it has no factor. Beside `second` it takes `12 n²` bytes, `8 n²` stay.
+    pub fn new(second: &[f64], count: u64, n: usize, damping: f64) -> Result<Factor, RoundingError> {
+        let scale = 1.0 / count as f64;
+        let mean = mean_diagonal(second, n) * scale;
         if !(mean.is_finite() && mean > 0.0) {
             return Err(RoundingError::Hessian(format!("the mean of its diagonal is {mean}")));
         }
-        let importance: Vec<f32> = (0..n).map(|i| h[i * n + i] as f32).collect();
+        let importance: Vec<f32> = (0..n).map(|i| (second[packed_at(i, i)] * scale) as f32).collect();
         let mut damping = damping;
-        let mut damped = 0.0;
         loop {
-            let add = damping * mean - damped;
-            (0..n).for_each(|i| h[i * n + i] += add);
-            damped = damping * mean;
-            let mut l = vec![0.0; n * n];
-            for i in 0..n {
-                for j in 0..=i {
-                    l[i * n + j] = h[(n - 1 - i) * n + (n - 1 - j)];
-                }
-            }
-            match linalg::cholesky(&mut l, n, par) {
-                Ok(_) => {
-                    let l = linalg::invert_lower(&l, n, par);
+            let add = damping * mean;
+            let at = |i: usize, j: usize| second[packed_at(i, j)] * scale + if i == j { add } else { 0.0 };
+            let mut r = vec![0.0; n * n];
+            linalg::fill(&mut r, n, |i, j| if j < i { 0.0 } else { at(n - 1 - i, n - 1 - j) });
+            match linalg::factor_upper(&mut r, n) {
+                Ok(()) => {
+                    linalg::invert_upper(&mut r, n);
                     let mut u = vec![0f32; n * n];
-                    for i in 0..n {
-                        for j in i..n {
-                            u[i * n + j] = l[(n - 1 - i) * n + (n - 1 - j)] as f32;
-                        }
-                    }
-                    if u.iter().all(|v| v.is_finite()) {
+                    linalg::fill(&mut u, n, |i, j| if j < i { 0.0 } else { r[(n - 1 - j) * n + n - 1 - i] as f32 });
+                    drop(r);
+                    if u.par_chunks(1 << 16).all(|u| u.iter().all(|v| v.is_finite())) {
                         let costs = (0..n).map(|j| 1.0 / (u[j * n + j] * u[j * n + j])).collect();
-                        let h = h.iter().map(|v| *v as f32).collect();
+                        let mut h = vec![0f32; n * n];
+                        linalg::fill(&mut h, n, |i, j| at(i.max(j), i.min(j)) as f32);
                         return Ok(Factor { n, h, u, costs, importance, damping });
                     }
                 }

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::codebook::Norms;
 use super::factor::Factor;
-use super::gptq::{PANEL, Tile, gptq};
+use super::gptq::{PANEL, Tile, gptq_tile};
 use super::levels::AnyLevels;
 use super::refine::{errors, refine};
 use super::{RoundingError, codebook_gptq, codebook_refine};
@@ -15,7 +15,7 @@ use crate::gguf::GgmlType;
 use crate::linalg::{View, ViewMut, add_times};
 
 /// Rows of a tile. It decides how products are cut, so bytes depend on it; threads do not.
-const ROWS: usize = 64;
+pub const ROWS: usize = 96;
 
 /// A rounded matrix.
 #[derive(Clone, Debug)]
@@ -27,22 +27,18 @@ pub struct Rounded {
     pub error: f64,
     /// Of nearest rounding with the same importance.
     pub nearest: f64,
+    /// The blocks of nearest rounding.
+    pub plain: Vec<u8>,
     /// Rows that nearest rounding had better.
     pub rows_nearest: usize,
 }
 
 vectorized! {
-    /// GPTQ and descent on a tile of a type with a grid. Returns the errors by row.
-    pub fn round_tile(g: &Grid, levels: &AnyLevels, f: &Factor, t: &mut Tile, target: &[f32]) -> Vec<f64> {
+    /// Descent on a tile of a type with a grid. Returns the errors by row.
+    pub fn refine_tile(g: &Grid, levels: &AnyLevels, f: &Factor, t: &mut Tile, target: &[f32]) -> Vec<f64> {
         match *levels {
-            AnyLevels::Range(l) => {
-                gptq(g, l, f, t, true);
-                refine(g, l, f, t, target)
-            }
-            AnyLevels::Table(l) => {
-                gptq(g, l, f, t, true);
-                refine(g, l, f, t, target)
-            }
+            AnyLevels::Range(l) => refine(g, l, f, t, target),
+            AnyLevels::Table(l) => refine(g, l, f, t, target),
         }
     }
 }
@@ -77,15 +73,6 @@ vectorized! {
     }
 }
 
-/// The columns with the scales that the tile has.
-#[cfg(test)]
-pub fn codes_only(g: &Grid, f: &Factor, t: &mut Tile) {
-    match AnyLevels::of(g.levels) {
-        AnyLevels::Range(l) => super::gptq::gptq(g, l, f, t, false),
-        AnyLevels::Table(l) => super::gptq::gptq(g, l, f, t, false),
-    }
-}
-
 /// Rounds `weight` \[rows, n\] to `ty`, near `target` in the norm of the Hessian.
 pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result<Rounded, RoundingError> {
     let n = f.n;
@@ -93,14 +80,16 @@ pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result
     let row_bytes = n / ty.block_len() * ty.block_bytes();
     let rows = weight.len() / n;
     let (mut bytes, mut values) = (vec![0u8; rows * row_bytes], vec![0f32; rows * n]);
+    let mut plain = vec![0u8; bytes.len()];
     let books = Codebook::of(ty).map(|c| (c, Norms::new(c, f)));
     let books = books.as_ref().map(|(c, norms)| (*c, norms));
     let tiles: Result<Vec<(f64, f64, usize)>, RoundingError> = bytes
         .par_chunks_mut(ROWS * row_bytes)
+        .zip(plain.par_chunks_mut(ROWS * row_bytes))
         .zip(values.par_chunks_mut(ROWS * n))
         .zip(weight.par_chunks(ROWS * n).zip(target.par_chunks(ROWS * n)))
         .with_max_len(1)
-        .map(|((bytes, values), (weight, target))| tile((ty, books), weight, target, f, bytes, values))
+        .map(|(((bytes, plain), values), wt)| tile((ty, books), wt, f, (bytes, plain), values))
         .collect();
     let (mut error, mut nearest, mut rows_nearest) = (0.0, 0.0, 0);
     for (e, n, r) in tiles? {
@@ -108,7 +97,7 @@ pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result
         nearest += n;
         rows_nearest += r;
     }
-    Ok(Rounded { bytes, values, error, nearest, rows_nearest })
+    Ok(Rounded { bytes, values, error, nearest, plain, rows_nearest })
 }
 
 /// Nearest rounding as `ggml_quantize_chunk` does it, with the mean squares of the input as its importance.
@@ -123,22 +112,25 @@ pub fn nearest(ty: GgmlType, weight: &[f32], f: &Factor) -> Result<(Vec<u8>, Vec
 
 fn tile(
     (ty, books): (GgmlType, Option<(&Codebook, &Norms)>),
-    weight: &[f32],
-    target: &[f32],
+    (weight, target): (&[f32], &[f32]),
     f: &Factor,
-    bytes: &mut [u8],
+    (bytes, plain_bytes): (&mut [u8], &mut [u8]),
     values: &mut [f32],
 ) -> Result<(f64, f64, usize), RoundingError> {
     let n = f.n;
     let rows = weight.len() / n;
     let mut gradient = Vec::new();
-    let (plain_bytes, plain) = nearest(ty, weight, f)?;
+    let (coded, plain) = nearest(ty, weight, f)?;
+    plain_bytes.copy_from_slice(&coded);
     let plain_errors = errors(f, &plain, target, &mut gradient);
     let own_errors = match Grid::of(ty) {
         Some(g) => {
             let mut t = Tile::new(&g, target, n);
-            let padded = t.w.clone();
-            let own = round_tile(&g, &AnyLevels::of(g.levels), f, &mut t, &padded);
+            let mut padded = target.to_vec();
+            padded.resize(t.rows * n, 0.0);
+            let levels = AnyLevels::of(g.levels);
+            gptq_tile(&g, &levels, f, &mut t, true);
+            let own = refine_tile(&g, &levels, f, &mut t, &padded);
             let blocks = n / g.block;
             for (i, out) in bytes.chunks_exact_mut(ty.block_bytes()).enumerate() {
                 let (r, b) = (i / blocks, i % blocks);

@@ -11,6 +11,7 @@ pub mod codebook;
 pub mod codebook_gptq;
 pub mod codebook_refine;
 pub mod factor;
+pub mod fit;
 pub mod gptq;
 pub mod levels;
 pub mod matrix;
@@ -19,6 +20,8 @@ pub mod run;
 pub mod search;
 pub mod site;
 pub mod state;
+pub mod step;
+pub mod streams;
 pub mod target;
 
 pub use factor::Factor;

@@ -1,16 +1,22 @@
 //! The inputs of the linears that share one: sums of both paths, and some windows that the sums do not see.
 
-use super::{RoundingError, factor, target};
-use crate::calibration::moments::{Moments, MomentsError};
-use crate::linalg::product;
+use rayon::prelude::*;
+
+use super::{Factor, RoundingError, target};
+use crate::calibration::moments::{self, MomentsError};
+use crate::forward::gemm::product;
+use crate::linalg;
 
 /// One window of this many is held out.
 const HELD_OUT_EVERY: usize = 16;
 /// Most tokens that are held out.
-const HELD_OUT_MOST: usize = 8192;
-
-/// Tokens of them that the damping is chosen on.
-const CHOICE_MOST: usize = 4096;
+const HELD_OUT_MOST: usize = 4096;
+/// Rows of a weight that choose the damping of its correction.
+const CHOICE_ROWS: usize = 256;
+/// Tokens that are summed in one go: a fixed number, so that the sums do not depend on how many windows are in memory.
+const RUN: usize = 1024;
+/// Outputs whose errors are in memory at a time.
+const OUTPUTS: usize = 2048;
 
 /// Whether window `w` of `windows` is held out of the sums.
 pub fn is_held_out(w: usize, windows: usize, length: usize) -> bool {
@@ -18,99 +24,190 @@ pub fn is_held_out(w: usize, windows: usize, length: usize) -> bool {
     windows >= HELD_OUT_EVERY && w % every == every / 2
 }
 
+/// Bytes that the sums and the factors of `n` inputs take at most: the packed sums in f64, `Σ (x − x̂) x̂ᵀ` in f32 until targets
+/// are corrected, one triangular factor in f64, and what GPTQ needs in f32 ([`super::Factor`]).
+pub fn memory(n: u64, two_paths: bool) -> u64 {
+    let summing = if two_paths { 4 * n * n + 2 * RUN as u64 * n * 4 } else { RUN as u64 * n * 4 };
+    4 * n * n + summing.max(12 * n * n) + 2 * HELD_OUT_MOST as u64 * n * 4
+}
+
 /// Sums over the input of a site.
 pub struct Site {
     n: usize,
-    moments: Moments,
+    /// Σ x̂ x̂ᵀ, the packed lower triangle.
+    second: Vec<f64>,
     /// Σ (x − x̂) x̂ᵀ; none in one pass.
     cross: Option<Vec<f32>>,
+    /// Tokens that are asked for, summed or in the run.
+    count: u64,
+    /// `x̂` of tokens that are not summed yet, and `x − x̂`; [`RUN`] rows.
+    run: [Vec<f32>; 2],
+    /// Rows of it that are filled.
+    filled: usize,
     /// Held-out inputs in the float model.
-    pub float: Vec<f32>,
+    float: Vec<f32>,
     /// And in the rounded one; empty in one pass.
-    pub rounded: Vec<f32>,
+    rounded: Vec<f32>,
 }
 
 impl Site {
+    /// `n` inputs; `two_paths`: of the float and of the rounded model.
     pub fn new(n: usize, two_paths: bool) -> Result<Site, MomentsError> {
-        let moments = Moments::new(n, true)?;
-        let cross = two_paths.then(|| vec![0f32; n * n]);
-        Ok(Site { n, moments, cross, float: Vec::new(), rounded: Vec::new() })
+        let packed = linalg::packed_len(n).ok_or(MomentsError::Memory { columns: n })?;
+        Ok(Site {
+            n,
+            second: vec![0.0; packed],
+            cross: two_paths.then(|| vec![0f32; n * n]),
+            count: 0,
+            run: [vec![0.0; RUN * n], vec![0.0; if two_paths { RUN * n } else { 0 }]],
+            filled: 0,
+            float: Vec::new(),
+            rounded: Vec::new(),
+        })
     }
 
     /// Adds one window of `x` and, on two paths, `x̂`; without its first token, which has no context (it is BOS, whose
     /// activations are like no others).
     pub fn add(&mut self, x: &[f32], rounded: Option<&[f32]>, held_out: bool) -> Result<(), MomentsError> {
-        let (x, rounded) = (&x[self.n..], rounded.map(|r| &r[self.n..]));
-        let tokens = x.len() / self.n;
-        match (rounded, &mut self.cross) {
-            _ if held_out => {
-                self.float.extend_from_slice(x);
-                self.rounded.extend_from_slice(rounded.unwrap_or_default());
+        let n = self.n;
+        let (mut x, mut rounded) = (&x[n..], rounded.map(|r| &r[n..]));
+        moments::check(x, n, true)?;
+        rounded.map_or(Ok(()), |r| moments::check(r, n, true))?;
+        if held_out {
+            self.float.extend_from_slice(x);
+            self.rounded.extend_from_slice(rounded.unwrap_or_default());
+            return Ok(());
+        }
+        while !x.is_empty() {
+            let rows = (x.len() / n).min(RUN - self.filled);
+            let [run, difference] = &mut self.run;
+            let place = self.filled * n..(self.filled + rows) * n;
+            let (now, later) = x.split_at(rows * n);
+            x = later;
+            match &mut rounded {
+                None => run[place]
+                    .par_chunks_mut(16 * n)
+                    .zip(now.par_chunks(16 * n))
+                    .for_each(|(o, x)| o.copy_from_slice(x)),
+                Some(r) => {
+                    let (r, later) = r.split_at(rows * n);
+                    rounded = Some(later);
+                    let into = run[place.clone()].par_chunks_mut(16 * n).zip(difference[place].par_chunks_mut(16 * n));
+                    into.zip(now.par_chunks(16 * n).zip(r.par_chunks(16 * n))).for_each(|((o, d), (x, r))| {
+                        o.copy_from_slice(r);
+                        d.iter_mut().zip(x.iter().zip(r)).for_each(|(d, (x, r))| *d = x - r);
+                    });
+                }
             }
-            (Some(r), Some(cross)) => {
-                self.moments.add(r, tokens)?;
-                let difference: Vec<f32> = x.iter().zip(r).map(|(x, r)| x - r).collect();
-                crate::linalg::add_cross(cross, &difference, r, tokens, self.n);
+            self.filled += rows;
+            self.count += rows as u64;
+            if self.filled == RUN {
+                self.flush();
             }
-            _ => self.moments.add(x, tokens)?,
         }
         Ok(())
     }
 
+    /// Sums the run.
+    fn flush(&mut self) {
+        let (rows, n) = (std::mem::take(&mut self.filled), self.n);
+        let [run, difference] = &self.run;
+        let cross = self.cross.as_mut().map(|c| (&mut c[..], &difference[..rows * n]));
+        linalg::add_sums(&mut self.second, cross, &run[..rows * n], rows, n);
+    }
+
+    /// No more windows will come: sums what is left, and frees the run.
+    pub fn close(&mut self) -> Result<(), RoundingError> {
+        self.flush();
+        self.run = [Vec::new(), Vec::new()];
+        match self.count {
+            0 => Err(RoundingError::Hessian("it saw no token".into())),
+            _ => Ok(()),
+        }
+    }
+
     /// Tokens in the sums.
     pub fn tokens(&self) -> u64 {
-        self.moments.count()
+        self.count
     }
 
-    /// The mean second moment, and with two paths what corrects targets.
-    pub fn finish(&mut self) -> Result<(Vec<f64>, Option<Correction>), RoundingError> {
-        let par = crate::linalg::all_threads();
-        let h = factor::mean_second(&self.moments).ok_or_else(|| RoundingError::Hessian("it saw no token".into()))?;
-        let count = self.moments.count() as f32;
-        self.moments = Moments::new(0, false).expect("nothing");
-        let correction = match self.cross.take() {
-            None => None,
-            Some(mut c) => {
-                c.iter_mut().for_each(|v| *v /= count);
-                let dampings = if self.float.is_empty() { &target::DAMPINGS[1..2] } else { &target::DAMPINGS[..] };
-                let factors = dampings.iter().map(|d| target::factor(&h, self.n, *d, par)).collect::<Result<_, _>>()?;
-                Some(Correction { factors, c, n: self.n })
+    /// The factor of the mean second moment, whose sums are given up.
+    pub fn factor(&mut self, damping: f64) -> Result<Factor, RoundingError> {
+        Factor::new(&std::mem::take(&mut self.second), self.count, self.n, damping)
+    }
+
+    /// The targets of weights \[m, n\] ([`target`]), none in one pass. Of the dampings that are tried each takes the one with
+    /// which the outputs of some of its rows, from the rounded inputs, are nearest to the float ones on the held-out windows.
+    pub fn targets(&mut self, weights: &[&[f32]]) -> Result<Option<Vec<Vec<f32>>>, RoundingError> {
+        let Some(mut cross) = self.cross.take() else { return Ok(None) };
+        let (n, count) = (self.n, self.count);
+        cross.par_iter_mut().for_each(|v| *v /= count as f32);
+        let moves: Vec<Vec<f32>> = weights.iter().map(|w| target::moves(w, &cross, n)).collect();
+        drop(cross);
+        let mut best = vec![(f64::INFINITY, target::DAMPING); weights.len()];
+        if !self.float.is_empty() {
+            for damping in target::DAMPINGS {
+                let factor = target::factor(&self.second, count, n, damping)?;
+                for ((w, moves), best) in weights.iter().zip(&moves).zip(&mut best) {
+                    let (w, moves) = (sample(w, n), sample(moves, n));
+                    let error = self.error(&w, &target::corrected(&w, moves, &factor, n));
+                    if error < best.0 {
+                        *best = (error, damping);
+                    }
+                }
             }
-        };
-        Ok((h, correction))
+        }
+        let mut targets: Vec<Vec<f32>> = moves;
+        for damping in target::DAMPINGS {
+            if best.iter().all(|b| b.1 != damping) {
+                continue;
+            }
+            let factor = target::factor(&self.second, count, n, damping)?;
+            for (i, w) in weights.iter().enumerate().filter(|(i, _)| best[*i].1 == damping) {
+                targets[i] = target::corrected(w, std::mem::take(&mut targets[i]), &factor, n);
+            }
+        }
+        Ok(Some(targets))
+    }
+
+    /// Whether there are held-out windows.
+    pub fn holds_out(&self) -> bool {
+        !self.float.is_empty()
+    }
+
+    /// Square error of the outputs of `values` from the rounded inputs, against those of `weight` from the float ones, on the
+    /// held-out windows.
+    pub fn error(&self, weight: &[f32], values: &[f32]) -> f64 {
+        self.errors(weight, [values])[0]
+    }
+
+    /// The same for several.
+    pub fn errors<const N: usize>(&self, weight: &[f32], values: [&[f32]; N]) -> [f64; N] {
+        let n = self.n;
+        let rounded = if self.rounded.is_empty() { &self.float } else { &self.rounded };
+        let (mut want, mut got) = (Vec::new(), Vec::new());
+        let mut sums = [0f64; N];
+        for (i, w) in weight.chunks(OUTPUTS * n).enumerate() {
+            let size = self.float.len() / n * (w.len() / n);
+            want.resize(size, 0.0);
+            got.resize(size, 0.0);
+            product(&self.float, w, n, &mut want);
+            for (sum, values) in sums.iter_mut().zip(values) {
+                product(rounded, &values[i * OUTPUTS * n..][..w.len()], n, &mut got);
+                // pieces of a fixed size, added in order
+                let piece =
+                    |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+                let parts: Vec<f64> = want.par_chunks(1 << 14).zip(got.par_chunks(1 << 14)).map(piece).collect();
+                *sum += parts.iter().sum::<f64>();
+            }
+        }
+        sums
     }
 }
 
-/// Corrects the targets of a site's weights ([`target`]).
-pub struct Correction {
-    c: Vec<f32>,
-    /// One for each damping that is tried.
-    factors: Vec<Vec<f64>>,
-    n: usize,
-}
-
-impl Correction {
-    /// The target of `w` \[m, n\]: of those that are tried, the one whose outputs from the rounded inputs are nearest to the
-    /// float ones on the held-out windows.
-    pub fn of(&self, w: &[f32], site: &Site) -> Vec<f32> {
-        let par = crate::linalg::all_threads();
-        let mut targets = self.factors.iter().map(|l| target::corrected(w, &self.c, l, self.n, par));
-        if self.factors.len() == 1 {
-            return targets.next().expect("one");
-        }
-        let rows = (site.float.len() / self.n).min(CHOICE_MOST);
-        let outputs = w.len() / self.n;
-        let (float, rounded) = (&site.float[..rows * self.n], &site.rounded[..rows * self.n]);
-        let (mut want, mut got) = (vec![0f32; rows * outputs], vec![0f32; rows * outputs]);
-        product(float, w, self.n, &mut want);
-        let mut best: Option<(f64, Vec<f32>)> = None;
-        for target in targets {
-            product(rounded, &target, self.n, &mut got);
-            let error: f64 = want.iter().zip(&got).map(|(a, b)| f64::from(a - b).powi(2)).sum();
-            if best.as_ref().is_none_or(|b| error < b.0) {
-                best = Some((error, target));
-            }
-        }
-        best.expect("some were tried").1
-    }
+/// At most [`CHOICE_ROWS`] rows of a matrix, spread over it.
+fn sample(w: &[f32], n: usize) -> Vec<f32> {
+    let rows = w.len() / n;
+    let some = rows.min(CHOICE_ROWS);
+    (0..some).flat_map(|i| &w[i * rows / some * n..][..n]).copied().collect()
 }

@@ -9,32 +9,50 @@ use rayon::prelude::*;
 
 use super::RoundingError;
 use super::factor::mean_diagonal;
-use crate::linalg::{self, Par, View, ViewMut, times};
+use crate::linalg::{self, View, ViewMut, times};
 
 /// Rows of a task.
 const ROWS: usize = 64;
+/// Rows that are in f64 at a time.
+const SOLVED: usize = 1024;
 
-/// Dampings of the inverse that are tried, as parts of the mean of the diagonal. The second is taken without held-out windows.
-pub const DAMPINGS: [f64; 3] = [0.1, 0.5, 2.0];
+/// Dampings of the inverse that are tried, as parts of the mean of the diagonal.
+pub const DAMPINGS: [f64; 3] = [0.1, DAMPING, 2.0];
+/// The one that is taken without held-out windows.
+pub const DAMPING: f64 = 0.5;
 
-/// The Cholesky factor of `Ĥ` \[n, n\] damped by `damping`.
-pub fn factor(h: &[f64], n: usize, damping: f64, par: Par) -> Result<Vec<f64>, RoundingError> {
-    let mut l = h.to_vec();
-    let add = damping * mean_diagonal(h, n);
-    (0..n).for_each(|i| l[i * n + i] += add);
-    linalg::cholesky(&mut l, n, par).map_err(|e| RoundingError::Hessian(e.to_string()))?;
-    Ok(l)
+/// The factor ([`linalg::factor_upper`]) of `Ĥ = second / count`, damped by `damping` of the mean of its diagonal.
+pub fn factor(second: &[f64], count: u64, n: usize, damping: f64) -> Result<Vec<f64>, RoundingError> {
+    let scale = 1.0 / count as f64;
+    let add = damping * mean_diagonal(second, n) * scale;
+    let mut r = vec![0.0; n * n];
+    // the upper triangle, of which a row is a column of the packed lower one
+    linalg::fill(&mut r, n, |i, j| match j {
+        _ if j < i => 0.0,
+        _ if j == i => second[linalg::packed_at(j, i)] * scale + add,
+        _ => second[linalg::packed_at(j, i)] * scale,
+    });
+    linalg::factor_upper(&mut r, n).map_err(|e| RoundingError::Hessian(e.to_string()))?;
+    Ok(r)
 }
 
-/// `W + W C (Ĥ + damping)⁻¹`: `w` \[m, n\], `c = E[(x − x̂) x̂ᵀ]` \[n, n\], `l` of [`factor`].
-pub fn corrected(w: &[f32], c: &[f32], l: &[f64], n: usize, par: Par) -> Vec<f32> {
-    let m = w.len() / n;
-    let mut product = vec![0f32; m * n];
-    product.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).for_each(|(product, w)| {
+/// `W C`: `w` \[m, n\], `c = E[(x − x̂) x̂ᵀ]` \[n, n\].
+pub fn moves(w: &[f32], c: &[f32], n: usize) -> Vec<f32> {
+    let mut product = vec![0f32; w.len()];
+    product.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).with_max_len(1).for_each(|(product, w)| {
         let rows = w.len() / n;
         times(ViewMut::new(product, rows, n), View::new(w, rows, n), View::new(c, n, n), 1.0);
     });
-    let mut x: Vec<f64> = product.into_iter().map(f64::from).collect();
-    linalg::solve(l, &mut x, n, par);
-    w.iter().zip(x).map(|(w, x)| (f64::from(*w) + x) as f32).collect()
+    product
+}
+
+/// `W + W C (Ĥ + damping)⁻¹`: `w` and `moves = W C` \[m, n\], `r` of [`factor`].
+pub fn corrected(w: &[f32], mut moves: Vec<f32>, r: &[f64], n: usize) -> Vec<f32> {
+    let mut x = Vec::new();
+    for (moves, w) in moves.chunks_mut(SOLVED * n).zip(w.chunks(SOLVED * n)) {
+        moves.par_iter().map(|v| f64::from(*v)).collect_into_vec(&mut x);
+        linalg::solve(r, &mut x, n);
+        moves.par_iter_mut().zip(w.par_iter().zip(&x)).for_each(|(m, (w, x))| *m = (f64::from(*w) + x) as f32);
+    }
+    moves
 }

@@ -32,15 +32,14 @@ fn hessian(n: usize, seed: u64) -> Vec<f64> {
     }
     let mut h = vec![0f64; n * n];
     linalg::syrk_f64(&mut h, &mixed, tokens, n, linalg::Par::Seq);
-    linalg::mirror(&mut h, n);
     h.iter_mut().for_each(|v| *v /= tokens as f64);
-    h
+    linalg::tests::packed(&h, n)
 }
 
 fn identity(n: usize) -> Factor {
     let mut h = vec![0.0; n * n];
     (0..n).for_each(|i| h[i * n + i] = 1.0);
-    Factor::new(h, n, 0.0, linalg::Par::Seq).unwrap()
+    Factor::new(&linalg::tests::packed(&h, n), 1, n, 0.0).unwrap()
 }
 
 fn error(f: &Factor, v: &[f32], t: &[f32]) -> f64 {
@@ -89,13 +88,13 @@ fn textbook(w: &[f32], h: &[f32], n: usize, step: f64, (lo, hi): (f64, f64)) -> 
 #[test]
 fn columns_are_those_of_the_textbook() {
     let n = 96;
-    let f = Factor::new(hessian(n, 3), n, 0.01, linalg::Par::Seq).unwrap();
+    let f = Factor::new(&hessian(n, 3), 1, n, 0.01).unwrap();
     let w = values(40 * n, 5);
     let g = Grid::of(GgmlType::Q4_0).unwrap();
     let mut t = super::gptq::Tile::new(&g, &w, n);
     let fixed = crate::formats::search::to_f16_bits(0.03);
     t.heads.iter_mut().for_each(|h| h.d = fixed);
-    super::matrix::codes_only(&g, &f, &mut t);
+    super::gptq::gptq_tile(&g, &super::levels::AnyLevels::of(g.levels), &f, &mut t, false);
     let step = f64::from(crate::formats::search::from_f16_bits(fixed));
     let book = textbook(&w, &f.h, n, step, (-8.0, 7.0));
     // f32 against f64: a value on a border may fall to the other side, and move what follows a little
@@ -106,7 +105,7 @@ fn columns_are_those_of_the_textbook() {
 #[test]
 fn the_factor_is_the_upper_one_of_the_inverse() {
     let n = 70;
-    let f = Factor::new(hessian(n, 1), n, 0.01, linalg::Par::Seq).unwrap();
+    let f = Factor::new(&hessian(n, 1), 1, n, 0.01).unwrap();
     // U H Uᵀ = 1 where Uᵀ U = H⁻¹
     for i in 0..n {
         for j in 0..n {
@@ -146,7 +145,7 @@ fn without_correlation_every_code_is_the_nearest() {
 #[test]
 fn never_above_nearest_and_well_below_it() {
     let n = 512;
-    let f = Factor::new(hessian(n, 2), n, 0.01, linalg::Par::Seq).unwrap();
+    let f = Factor::new(&hessian(n, 2), 1, n, 0.01).unwrap();
     let w = values(70 * n, 6);
     for ty in GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some()) {
         let r = round(ty, &w, &w, &f).unwrap();
@@ -163,7 +162,7 @@ fn never_above_nearest_and_well_below_it() {
 #[test]
 fn threads_and_instruction_sets_change_nothing() {
     let n = 512;
-    let f = Factor::new(hessian(n, 4), n, 0.01, linalg::Par::Seq).unwrap();
+    let f = Factor::new(&hessian(n, 4), 1, n, 0.01).unwrap();
     let w = values(130 * n, 7);
     let on = |threads: usize, isa| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -192,7 +191,7 @@ fn without_correlation_no_row_is_worse_than_with_ggml() {
     };
     let mut normal = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
     let h: Vec<f64> = (0..n * n).map(|i| if i / n == i % n { (normal() * 1.2).exp() } else { 0.0 }).collect();
-    let f = Factor::new(h, n, 0.0, linalg::Par::Seq).unwrap();
+    let f = Factor::new(&linalg::tests::packed(&h, n), 1, n, 0.0).unwrap();
     let channels: Vec<f64> = (0..n).map(|j| if j % 61 == 7 { 12.0 } else { 1.0 }).collect();
     let w: Vec<f32> = (0..rows * n)
         .map(|i| {
