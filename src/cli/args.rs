@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::{Failure, USAGE};
 use crate::plan::memory::parse_size;
+use crate::plan::quality::{self, Quality};
 use crate::plan::{Options, Recipe};
 
 /// What to convert, and how.
@@ -30,6 +31,10 @@ pub struct ConvertArgs {
     /// Reproduce the rounding of a two-step conversion through an f32, f16 or bf16 file [default: auto, lossless].
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     via: Option<String>,
+    /// How much to do for quality: exact (llama.cpp's bytes), fast (an importance matrix), balanced (types allocated at the
+    /// size of the type's mix, GPTQ) or best (balanced and tuning) [default: balanced].
+    #[arg(long, value_name = "WORD", help_heading = "Types")]
+    quality: Option<String>,
     /// Byte for byte what llama.cpp writes. Rounding is then nearest, also with --calibrate.
     #[arg(long, help_heading = "Types")]
     exact: bool,
@@ -212,6 +217,11 @@ impl ConvertArgs {
         !self.calibrate.is_empty()
     }
 
+    /// True if a size was asked for on the command line.
+    pub fn sizes(&self) -> bool {
+        self.target_size.is_some() || self.target_bpw.is_some() || self.like.is_some()
+    }
+
     /// `--threads`, if given.
     pub fn threads(&self) -> Option<u16> {
         self.threads
@@ -232,7 +242,11 @@ impl ConvertArgs {
         if recipe.r#type.is_none() && recipe.outtype.is_none() {
             recipe.r#type = Some(crate::plan::options::DEFAULT_TYPE.name().to_lowercase());
         }
-        Options::resolve(recipe).map_err(|e| Failure::new(USAGE, e))
+        let usage = |e: String| Failure::new(USAGE, e);
+        if let Some(quality) = Quality::of(&recipe).map_err(usage)? {
+            recipe = quality::spelled_out(recipe, quality);
+        }
+        Options::resolve(recipe).map_err(usage)
     }
 
     fn recipe(&self) -> Result<Recipe, Failure> {
@@ -246,6 +260,7 @@ impl ConvertArgs {
             r#type: self.r#type.clone(),
             outtype: self.outtype.clone(),
             via: self.via.clone(),
+            quality: self.quality.clone(),
             exact: self.exact,
             tensor_type,
             output_tensor_type: self.output_tensor_type.clone(),

@@ -22,7 +22,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         return Err(Failure::new(USAGE, "name the file to write: ostq-convert IN OUT.gguf (or --dry-run)"));
     };
     install_signal_handlers()?;
-    if args.calibrates() {
+    if args.options()?.rounding == Rounding::Gptq || args.calibrates() {
         // it takes its time
         output::check(&out, &[], None, args.force)?;
     }

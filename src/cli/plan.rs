@@ -24,11 +24,7 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let mut options = args.options()?;
     let path = args.input.as_deref().expect("required by the parser");
     let mut input = Input::open(path, &options)?;
-    let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
-    if mixture && options.rounding == Rounding::Gptq && options.recipe.rounding.is_none() {
-        input.warnings.push("GPTQ cannot round mixtures of experts yet: rounding to nearest, with importance".into());
-        options.rounding = Rounding::Nearest;
-    }
+    settle(&mut options, &mut input, path)?;
     let r = &options.recipe;
     let mut imatrix = match &r.imatrix {
         Some(path) => Some(Imatrix::load(path)?),
@@ -41,7 +37,13 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     }
     let keys = provenance::keys(&input, r, imatrix.as_ref());
     let mut plan = Plan::new(&input, &options, imatrix.as_ref(), keys.clone())?;
-    if let Some(budget) = options.budget {
+    // the word asks for an allocation, but a plan alone reads headers only
+    let later = !calibrate && options.recipe.quality.is_some() && !args.sizes();
+    if later && options.budget.is_some() {
+        plan.warnings
+            .push("types are the mix's: which tensor gets which is allocated when the model is converted".into());
+    }
+    if let Some(budget) = options.budget.filter(|_| !later) {
         let mix = match budget {
             Budget::Like(f) => {
                 let options = Options { target: Target::Quantize(f), ..options.clone() };
@@ -65,6 +67,42 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     Ok(Prepared { input, options, plan, imatrix, memory })
+}
+
+/// Takes back what the recipe asks for and this model cannot have: loudly where a word or a default asked for it; what the
+/// user spelled out is refused where it is tried.
+fn settle(options: &mut Options, input: &mut Input, path: &std::path::Path) -> Result<(), Failure> {
+    if options.rounding != Rounding::Gptq {
+        return Ok(());
+    }
+    let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
+    let word = options.recipe.quality.is_some();
+    let why = if mixture {
+        Some("GPTQ cannot round mixtures of experts yet".to_string())
+    } else if word {
+        let model = crate::forward::Model::new(path, &*input.source, &input.metadata).map(drop);
+        let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
+        model.map_err(|e| e.to_string()).and_then(|()| encoder.map_err(|e| e.to_string())).err()
+    } else {
+        None
+    };
+    let Some(why) = why else { return Ok(()) };
+    let mut r = options.recipe.clone();
+    if word {
+        (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
+        r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
+    } else if r.rounding.is_some() {
+        return Ok(());
+    }
+    r.rounding = Some("nearest".into());
+    if !mixture {
+        r.calibrate.clear();
+    }
+    let with =
+        if r.calibrate.is_empty() { "as llama.cpp does without an importance matrix" } else { "with importance" };
+    input.warnings.push(format!("{why}: rounding to nearest, {with}"));
+    *options = Options::resolve(r).map_err(|e| Failure::new(super::USAGE, e))?;
+    Ok(())
 }
 
 /// An importance matrix as a calibration would give it, all ones: types and sizes depend on its entries only.

@@ -137,6 +137,7 @@ pub fn after(
         key: digest,
         again,
         device: args.device,
+        save_every: run::SAVE_EVERY,
         state: &state,
     };
     let start = Instant::now();

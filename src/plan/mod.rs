@@ -8,6 +8,7 @@ pub mod input;
 pub mod memory;
 pub mod mix;
 pub mod options;
+pub mod quality;
 pub mod recipe;
 
 use std::collections::{BTreeMap, HashSet};

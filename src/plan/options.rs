@@ -115,14 +115,10 @@ pub struct Options {
 pub const DEFAULT_TYPE: FileType = FileType::Q4_K_M;
 
 impl Options {
-    /// Checks a recipe. The error names the flag and what it takes.
-    pub fn resolve(recipe: Recipe) -> Result<Options, String> {
-        let r = &recipe;
-        let target = match (&r.r#type, &r.outtype) {
+    /// What the weights of a recipe become.
+    pub fn target_of(r: &Recipe) -> Result<Target, String> {
+        Ok(match (&r.r#type, &r.outtype) {
             (Some(_), Some(_)) => return Err("--type and --outtype exclude each other".into()),
-            _ if r.imatrix.is_some() && !r.calibrate.is_empty() => {
-                return Err("--imatrix and --calibrate exclude each other".into());
-            }
             (Some(t), None) => parse_type("--type", t)?,
             (None, Some(t)) if t.eq_ignore_ascii_case("auto") => Target::Outtype(None),
             (None, Some(t)) => match OutType::parse(t) {
@@ -130,7 +126,16 @@ impl Options {
                 None => parse_type("--outtype", t)?,
             },
             (None, None) => Target::Quantize(DEFAULT_TYPE),
-        };
+        })
+    }
+
+    /// Checks a recipe. The error names the flag and what it takes.
+    pub fn resolve(recipe: Recipe) -> Result<Options, String> {
+        let r = &recipe;
+        let target = Options::target_of(r)?;
+        if r.imatrix.is_some() && !r.calibrate.is_empty() {
+            return Err("--imatrix and --calibrate exclude each other".into());
+        }
         let via = match r.via.as_deref().map(str::to_ascii_lowercase).as_deref() {
             None | Some("auto") => Via::Auto,
             Some("f32") => Via::F32,

@@ -10,7 +10,7 @@
 //! Without the word and without any other flag that says how weights become codes, it is `balanced`.
 
 use super::options::Target;
-use super::recipe::{BUILT_IN, Recipe, SELF};
+use super::recipe::{BUILT_IN, OWN, Recipe};
 use super::{FileType, Options};
 
 /// A way of converting.
@@ -47,7 +47,7 @@ impl Quality {
             let quality = Quality::parse(word)?;
             return match quality {
                 _ if r.exact && quality != Quality::Exact => Err("--exact is --quality exact".into()),
-                Quality::Fast if r.imatrix.is_none() && (r.like.is_some() || r.tune.is_some()) => {
+                Quality::Fast if r.like.is_some() || r.tune.is_some() => {
                     Err("--quality fast neither allocates nor tunes; take balanced or best".into())
                 }
                 _ if r.imatrix.is_some() && quality != Quality::Exact => {
@@ -91,7 +91,7 @@ pub fn spelled_out(mut r: Recipe, quality: Quality) -> Recipe {
     if r.calibrate.is_empty() {
         r.calibrate = vec![BUILT_IN.into()];
         if quality != Quality::Fast {
-            r.calibrate.push(SELF.into());
+            r.calibrate.push(OWN.into());
         }
     }
     if quality == Quality::Fast {

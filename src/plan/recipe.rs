@@ -25,6 +25,9 @@ pub struct Recipe {
     /// Rounding of the 16- or 32-bit file that the two-step way goes through.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub via: Option<String>,
+    /// `exact`, `fast`, `balanced` or `best`: a whole way of converting.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quality: Option<String>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exact: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -143,7 +146,7 @@ impl Recipe {
             (self.r#type, self.outtype) = (None, None);
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
-        take!(calibrate_tokens ctx rounding tune);
+        take!(quality calibrate_tokens ctx rounding tune);
         // one word on which tensor gets which type
         if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() || over.mix.is_some() {
             (self.target_size, self.target_bpw, self.like) = (over.target_size, over.target_bpw, over.like);

@@ -63,6 +63,8 @@ pub struct Job<'a> {
     pub key: String,
     pub again: bool,
     pub device: Device,
+    /// Time between two states that are kept.
+    pub save_every: Duration,
     pub state: &'a Path,
 }
 
@@ -97,8 +99,8 @@ struct Kept {
     best_step: usize,
 }
 
-/// Time between two states that are kept.
-const SAVE_EVERY: Duration = Duration::from_secs(60);
+/// Time between two states that are kept, for a run of a command.
+pub const SAVE_EVERY: Duration = Duration::from_secs(60);
 
 /// Name, type and bytes of a tensor.
 type Tensor = (String, GgmlType, Vec<u8>);
@@ -161,7 +163,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
         if step % s.every == 0 || step == s.steps {
             let loss = engine.loss(job.held_out)?;
             let best = loss < kept.best;
-            let keep = saved.elapsed() >= SAVE_EVERY && step < s.steps;
+            let keep = saved.elapsed() >= job.save_every && step < s.steps;
             if best || keep {
                 let student = engine.pull()?;
                 if best {
