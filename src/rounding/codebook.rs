@@ -330,7 +330,7 @@ mod tests {
         let f = if correlated {
             factor(n)
         } else {
-            let h = (0..n * n).map(|i| if i / n == i % n { 1.0 + (i % 7) as f64 } else { 0.0 }).collect();
+            let h = (0..n * n).map(|i| if i / n == i % n { 1.0 + (i % 7) as f64 } else { 0.0 }).collect::<Vec<f64>>();
             Factor::new(&linalg::tests::packed(&h, n), 1, n, 0.0).unwrap()
         };
         let norms = Norms::new(c, &f);
