@@ -187,6 +187,10 @@ pub struct ConvertArgs {
     /// Ceiling of resident memory, for instance 512MiB: kept, or refused before work starts.
     #[arg(long, value_name = "SIZE", help_heading = "Run", value_parser = parse_size)]
     pub max_memory: Option<u64>,
+    /// Keep the folder of intermediate results (OUT.gguf.ostq-state): a later run with the same output and types, say with
+    /// --tune, takes its rounding from there.
+    #[arg(long, help_heading = "Run")]
+    pub keep_state: bool,
     /// Machine-readable report on standard output.
     #[arg(long, help_heading = "Run")]
     pub json: bool,

@@ -92,7 +92,9 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         human(done.file_size),
         human((total as f64 / seconds.max(1e-9)) as u64)
     ));
-    super::calibrate::done(&args);
+    if !args.keep_state {
+        super::calibrate::done(&args);
+    }
     report(&args, &out, summary, &done)?;
     super::check::after(&args, &out)
 }

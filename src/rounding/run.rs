@@ -94,7 +94,10 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     };
     let mut memory = job.keep.then(|| Pair::in_memory(job, n));
     let mut done = 0;
+    let all = job.model.spec.layers;
     match State::load(job.state, &key) {
+        // the head as well
+        Some(s) if s.layers > all => return Ok(s.reports),
         Some(s) if stream(s.layers)?.digests(values)? == s.streams => {
             watch.resumed(s.layers);
             (done, work.reports) = (s.layers, s.reports);
@@ -127,9 +130,11 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     if job.types.contains_key("output.weight") {
         match &memory {
             Some(memory) => work.head(memory)?,
-            None => work.head(&stream(job.model.spec.layers)?)?,
+            None => work.head(&stream(all)?)?,
         }
     }
+    // what comes behind, tuning, may be cut short
+    State { key, layers: all + 1, streams: Default::default(), reports: work.reports.clone() }.save(job.state)?;
     Ok(work.reports)
 }
 

@@ -29,7 +29,7 @@ pub struct Key {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub key: Key,
-    /// Layers that are done.
+    /// Layers that are done; one more with the head.
     pub layers: usize,
     /// Digests of the two streams behind them.
     pub streams: [String; 2],
