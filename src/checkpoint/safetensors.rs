@@ -143,6 +143,17 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<Entry>, CheckpointError> {
     Ok(entries)
 }
 
+/// The strings of `__metadata__` in `bytes`, a whole file that [`parse`] has taken.
+pub fn metadata(path: &Path, bytes: &[u8]) -> Result<Vec<(String, String)>, CheckpointError> {
+    let bad = || CheckpointError::file(path, "its header cannot be read");
+    let n = u64::from_le_bytes(bytes.get(..8).ok_or_else(bad)?.try_into().expect("eight bytes"));
+    let header = usize::try_from(n).ok().and_then(|n| bytes.get(8..n.checked_add(8)?)).ok_or_else(bad)?;
+    let raw: RawHeader = serde_json::from_slice(header).map_err(|_| bad())?;
+    let metadata = raw.0.into_iter().find(|(name, _)| name == "__metadata__").map(|(_, json)| json);
+    let strings = metadata.as_ref().and_then(Json::as_object).into_iter().flatten();
+    Ok(strings.filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_string()))).collect())
+}
+
 /// What a file that is no safetensors file probably is.
 fn guess_kind(bytes: &[u8]) -> &'static str {
     match bytes {

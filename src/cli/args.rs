@@ -113,6 +113,16 @@ pub struct ConvertArgs {
     /// What --tune runs on: cpu, or cuda (an NVIDIA GPU; needs a program built with the feature `cuda`).
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t, help_heading = "Run")]
     pub device: crate::tuning::run::Device,
+    /// Transforms that leave the model's function as it is: none, smoothquant, awq (these two need --calibrate), quarot, womi, or a
+    /// file that `transform` wrote.
+    #[arg(long, value_name = "NAME|FILE", help_heading = "Transforms")]
+    transform: Option<PathBuf>,
+    /// How much of the differences between inputs smoothquant moves to the weights, 0 to 1 [default: 0.5].
+    #[arg(long, value_name = "X", help_heading = "Transforms")]
+    alpha: Option<f64>,
+    /// Of the random rotations of quarot and womi [default: 0].
+    #[arg(long, value_name = "N", help_heading = "Transforms")]
+    seed: Option<u64>,
     /// Use only imatrix entries whose name contains this.
     #[arg(long, value_name = "PART", help_heading = "Importance")]
     include_weights: Vec<String>,
@@ -279,6 +289,9 @@ impl ConvertArgs {
             one_pass: self.one_pass,
             tune: self.tune,
             tune_text: self.tune_text.clone(),
+            transform: self.transform.clone(),
+            alpha: self.alpha,
+            seed: self.seed,
             target_size: self.target_size,
             target_bpw: self.target_bpw,
             like: self.like.clone(),

@@ -153,8 +153,8 @@ pub struct Request<'a> {
     pub quiet: bool,
 }
 
-/// Runs the text through the model; the sums.
-pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Failure> {
+/// Runs the text through the model `input`, which `path` names in messages; the sums.
+pub fn collect(path: &Path, input: &Input, request: &Request<'_>) -> Result<ImatrixSums, Failure> {
     let words = words::Request {
         words: request.texts,
         length: request.ctx,
@@ -164,7 +164,7 @@ pub fn collect(opened: &Opened, request: &Request<'_>) -> Result<ImatrixSums, Fa
         state: request.state,
         quiet: request.quiet,
     };
-    let prepared = Prepared::new((&opened.path, &opened.input), &words)?;
+    let prepared = Prepared::new((path, input), &words)?;
     let (model, tokens) = (&prepared.model, &prepared.tokens);
     let windows = tokens.len() / request.ctx;
     let pool = pool(request.threads)?;
@@ -219,12 +219,13 @@ pub fn state_of(out: &Path) -> PathBuf {
 
 /// The calibration on the way to a conversion: its importance matrix, which stays in the state folder until the conversion
 /// is done, so that a killed one goes on there.
-pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Path) -> Result<Imatrix, Failure> {
+pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input) -> Result<Imatrix, Failure> {
     let out = args.out().expect("a conversion has an output");
     let state = state_of(out);
     let ctx = recipe.ctx.unwrap_or(512) as usize;
     let sums = collect(
-        &Opened::new(input)?,
+        args.input.as_deref().expect("required by the parser"),
+        input,
         &Request {
             texts: &recipe.calibrate,
             ctx,
@@ -262,7 +263,8 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let chunks = args.text.chunks.map(|n| n as usize).or(args.calibrate_tokens.map(|n| (n / ctx).max(1)));
     let state = args.state.clone().unwrap_or_else(|| state_of(&args.output));
     let mut sums = collect(
-        &opened,
+        &opened.path,
+        &opened.input,
         &Request {
             texts: &args.texts,
             ctx,

@@ -1,6 +1,7 @@
 //! `ostq-convert check REFERENCE MODEL...`: what a conversion costs.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -25,6 +26,7 @@ use crate::gguf;
 use crate::output;
 use crate::plan::FileType;
 use crate::plan::memory::human;
+use crate::transform::{Pair, Transforms};
 
 /// What to compare, on what.
 #[derive(Args, Clone, Debug)]
@@ -50,6 +52,13 @@ pub struct CheckArgs {
     /// Weigh tensor errors by these second moments (with --per-tensor).
     #[arg(long, value_name = "FILE", requires = "per_tensor", conflicts_with = "imatrix")]
     hessian: Option<PathBuf>,
+    /// Compare tensors (with --per-tensor) with those of the reference behind this transform: quarot, womi or a transforms file.
+    /// Text is compared with the reference as it is.
+    #[arg(long, value_name = "NAME|FILE", requires = "per_tensor", conflicts_with_all = ["imatrix", "hessian"])]
+    transform: Option<PathBuf>,
+    /// Of the random rotations of --transform.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
     /// Where hidden states begin to differ, layer by layer.
     #[arg(long)]
     per_block: bool,
@@ -110,6 +119,15 @@ impl From<crate::check::CheckError> for Failure {
 /// Compares.
 pub fn run(args: CheckArgs) -> Result<(), Failure> {
     super::convert::install_signal_handlers()?;
+    let transforms = match args.transform.as_deref() {
+        Some(t) => super::transform::of_weights(t, &Opened::new(&args.paths[0])?, args.seed)?,
+        None => None,
+    };
+    compared(args, transforms)
+}
+
+/// Compares; tensors with those of the reference behind `transforms`.
+fn compared(args: CheckArgs, transforms: Option<Arc<Transforms>>) -> Result<(), Failure> {
     for out in args.html.iter().chain(&args.save_all_logits) {
         output::check(out, &[], None, args.force)?;
     }
@@ -145,9 +163,22 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
         (None, None) => Weighting::None,
     };
     let mut report = compare(&args, &all, base, &text, &opened)?;
+    let mut behind = match &transforms {
+        Some(_) if args.per_tensor => Some(Opened::new(&args.paths[0])?),
+        _ => None,
+    };
+    if let (Some(behind), Some(t)) = (&mut behind, transforms) {
+        behind.input.transform(&args.paths[0], t)?;
+    }
     for (o, row) in opened[first..].iter().zip(&mut report.models) {
-        if args.per_tensor && first == 1 {
-            row.tensors = tensor_rows(&opened[0], o, weighting)?;
+        if let Some((t, _)) = o.input.transform.as_ref().filter(|_| args.per_tensor && behind.is_none()) {
+            let name = name(&o.path);
+            report
+                .run
+                .notes
+                .push(format!("{name} was made with the transform {t}: tensors are compared with --transform"));
+        } else if args.per_tensor && first == 1 {
+            row.tensors = tensor_rows(behind.as_ref().unwrap_or(&opened[0]), o, weighting)?;
         }
     }
     let problems = report.problems();
@@ -161,18 +192,23 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
 }
 
 /// What `--per-tensor` and `--check` of a conversion ask for: the finished file, read back, against its source.
-pub fn after(args: &ConvertArgs, out: &Path) -> Result<(), Failure> {
+pub fn after(args: &ConvertArgs, out: &Path, transforms: Option<Arc<Transforms>>) -> Result<(), Failure> {
     let source = args.input.as_deref().expect("required by the parser");
+    // a file without provenance does not say that its stream is rotated
+    let recipe = args.options()?.recipe;
+    let hidden = recipe.no_provenance && transforms.as_ref().is_some_and(|t| t.r_res.is_some());
     if let Some(text) = &args.check {
-        return run(CheckArgs {
+        let args = CheckArgs {
             paths: vec![source.to_path_buf(), out.to_path_buf()],
             text: Some(text.clone()),
-            windows: TextArgs { ctx: args.options()?.recipe.ctx.unwrap_or(512), chunks: args.chunks },
+            windows: TextArgs { ctx: recipe.ctx.unwrap_or(512), chunks: args.chunks },
             activations: ActivationsArg::F32,
             per_tensor: true,
             imatrix: None,
             hessian: None,
-            per_block: true,
+            transform: None,
+            seed: 0,
+            per_block: !hidden,
             kl_divergence_base: None,
             save_all_logits: None,
             json: args.json,
@@ -180,12 +216,17 @@ pub fn after(args: &ConvertArgs, out: &Path) -> Result<(), Failure> {
             resources: ResourceArgs { threads: args.threads(), max_memory: args.max_memory },
             force: args.force,
             quiet: args.quiet,
-        });
+        };
+        return compared(args, transforms);
     }
     if !args.per_tensor {
         return Ok(());
     }
-    let rows = tensor_rows(&Opened::new(source)?, &Opened::new(out)?, Weighting::None)?;
+    let mut reference = Opened::new(source)?;
+    if let Some(t) = transforms {
+        reference.input.transform(source, t)?;
+    }
+    let rows = tensor_rows(&reference, &Opened::new(out)?, Weighting::None)?;
     let mut table = vec![["tensor", "type", "bpw", "relative error"].map(String::from).to_vec()];
     for t in rows {
         let (bits, error) = (format!("{:.2}", t.bits_per_weight), format!("{:.3e}", t.relative_error));
@@ -302,11 +343,13 @@ fn compare(
         print::stderr(&format!("{:.1} s", start.elapsed().as_secs_f64()));
     }
     let rules = if first == 1 { Rules::Exact } else { Rules::LlamaCpp };
-    let mut rows = Vec::new();
+    let (mut rows, mut notes) = (Vec::new(), Vec::new());
     for (outcome, o) in outcomes.models.iter().zip(&opened[first..]) {
         let mut row = ModelReport::new(facts(o), &outcome.records, rules, text.windows)
             .ok_or_else(|| Failure::new(REFUSED, "there are no positions to score"))?;
-        if args.per_block {
+        if args.per_block && rotated(o) {
+            notes.push(format!("{}: its stream is rotated, layers do not compare", name(&o.path)));
+        } else if args.per_block {
             let blocks = outcome.blocks.iter().enumerate();
             row.blocks = blocks.map(|(l, &d)| BlockRow { layer: l as u32, relative_difference: d }).collect();
         }
@@ -334,10 +377,15 @@ fn compare(
             positions: text.windows.positions(),
             n_vocab: all[0].vocab,
             activations: if args.activations == ActivationsArg::F32 { "f32" } else { "ggml" }.into(),
-            notes: Vec::new(),
+            notes,
         },
         models: rows,
     })
+}
+
+/// True if the model's residual stream is rotated: it does not compare with the reference's.
+fn rotated(o: &Opened) -> bool {
+    o.input.transform.as_ref().is_some_and(|(_, pairs)| pairs.iter().any(|p| p == Pair::Stream.name()))
 }
 
 fn name(path: &Path) -> String {

@@ -65,7 +65,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     };
     let bar = (!args.quiet).then(|| Bar::new(total));
     let progress: &dyn Progress = bar.as_ref().map_or(&Silent as &dyn Progress, |b| b);
-    let Prepared { input, options, plan, imatrix, memory } = prepared;
+    let Prepared { input, options, plan, imatrix, memory, transforms } = prepared;
     let summary = args.json.then(|| super::plan::to_json(&plan, &input, &memory));
     let result = convert::run(Run {
         input: &input,
@@ -96,7 +96,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         super::calibrate::done(&args);
     }
     report(&args, &out, summary, &done)?;
-    super::check::after(&args, &out)
+    super::check::after(&args, &out, transforms)
 }
 
 fn report(

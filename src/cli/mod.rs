@@ -16,6 +16,7 @@ mod print;
 mod qsur;
 mod round;
 mod steps;
+mod transform;
 mod tune;
 mod words;
 
@@ -68,6 +69,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Compare models with a reference over a text: KL divergence, perplexity, top words, errors by tensor and layer.
     Check(check::CheckArgs),
+    /// Make transforms that leave a model's function as it is, and write them to a file for --transform.
+    Transform(transform::TransformArgs),
     /// Quantization Space Utilization Rate of weights and, over a text, activations.
     Qsur(qsur::QsurArgs),
     /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
@@ -178,6 +181,18 @@ impl From<crate::rounding::RoundingError> for Failure {
     }
 }
 
+impl From<crate::transform::TransformError> for Failure {
+    fn from(e: crate::transform::TransformError) -> Failure {
+        use crate::transform::TransformError as T;
+        match e {
+            T::Forward(e) => e.into(),
+            T::Calibration(e) => e.into(),
+            T::Input(e) => e.into(),
+            e => Failure::new(REFUSED, e),
+        }
+    }
+}
+
 impl From<crate::calibration::CalibrationError> for Failure {
     fn from(e: crate::calibration::CalibrationError) -> Failure {
         use crate::calibration::CalibrationError as C;
@@ -271,6 +286,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Calibrate(a)) => calibrate::run(a),
         Some(Command::Check(a)) => check::run(a),
         Some(Command::Qsur(a)) => qsur::run(a),
+        Some(Command::Transform(a)) => transform::run(a),
         Some(Command::Inspect(a)) => inspect::run(a),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -1,5 +1,7 @@
 //! `ostq-convert plan IN`, `--dry-run`: what would be written. Reads headers only.
 
+use std::sync::Arc;
+
 use serde_json::{Value as Json, json};
 
 use super::args::ConvertArgs;
@@ -8,6 +10,7 @@ use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
 use crate::plan::memory::{self, Memory, human};
 use crate::plan::{Budget, Input, Options, Plan, Rounding, Target};
+use crate::transform::Transforms;
 
 /// Everything that is known before work starts.
 pub struct Prepared {
@@ -16,6 +19,7 @@ pub struct Prepared {
     pub plan: Plan,
     pub imatrix: Option<Imatrix>,
     pub memory: Memory,
+    pub transforms: Option<Arc<Transforms>>,
 }
 
 /// Opens the input and makes the plan. `calibrate`: run the calibration that the recipe asks for; a plan alone only
@@ -26,16 +30,18 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let mut input = Input::open(path, &options)?;
     settle(&mut options, &mut input, path)?;
     let r = &options.recipe;
-    let mut imatrix = match &r.imatrix {
-        Some(path) => Some(Imatrix::load(path)?),
+    let mut given = r.imatrix.as_deref().map(Imatrix::load).transpose()?;
+    let transforms = super::transform::apply(args, &options, &mut input, given.as_mut(), calibrate)?;
+    let mut imatrix = match given {
+        Some(imatrix) => Some(imatrix),
         None if r.calibrate.is_empty() => None,
-        None if calibrate && options.rounding == Rounding::Nearest => Some(super::calibrate::before(args, r, path)?),
+        None if calibrate && options.rounding == Rounding::Nearest => Some(super::calibrate::before(args, r, &input)?),
         None => Some(supposed(&input)),
     };
     if let Some(i) = &mut imatrix {
         i.filter(&r.include_weights, &r.exclude_weights);
     }
-    let keys = provenance::keys(&input, r, imatrix.as_ref());
+    let keys = provenance::keys(&input, r, imatrix.as_ref(), transforms.as_deref());
     let mut plan = Plan::new(&input, &options, imatrix.as_ref(), keys.clone())?;
     // the word asks for an allocation, but a plan alone reads headers only
     let later = !calibrate && options.recipe.quality.is_some() && !args.sizes();
@@ -64,9 +70,10 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
             crate::rounding::state::forget(&state);
         }
     }
+    plan.warnings.extend(super::transform::untied(&plan, &input));
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
-    Ok(Prepared { input, options, plan, imatrix, memory })
+    Ok(Prepared { input, options, plan, imatrix, memory, transforms })
 }
 
 /// Takes back what the recipe asks for and this model cannot have: loudly where a word or a default asked for it; what the
@@ -106,7 +113,7 @@ fn settle(options: &mut Options, input: &mut Input, path: &std::path::Path) -> R
 }
 
 /// An importance matrix as a calibration would give it, all ones: types and sizes depend on its entries only.
-fn supposed(input: &Input) -> Imatrix {
+pub fn supposed(input: &Input) -> Imatrix {
     let weights = input.source.tensors().iter().filter(|t| t.name.starts_with("blk.") && t.dims.len() > 1);
     let ones =
         |t: &crate::source::SourceTensor| vec![1.0; t.row_len() as usize * t.dims.get(2).map_or(1, |&n| n as usize)];

@@ -189,7 +189,8 @@ fn calibrated(
     std::fs::create_dir_all(state).map_err(|e| crate::checkpoint::CheckpointError::io(state, e))?;
     let path = state.join(HESSIAN);
     collect(
-        opened,
+        &opened.path,
+        &opened.input,
         &Request {
             texts: &args.calibrate,
             ctx: args.text.ctx as usize,

@@ -3,16 +3,19 @@
 //! Digests of the input are known only when it has been read; the header is laid out before that, so the keys are
 //! planned with placeholders of the same length and filled in at the end.
 
+use std::collections::BTreeSet;
+
 use crate::calibration::imatrix::Imatrix;
 use crate::gguf::{self, Array, Metadata, Value};
-use crate::plan::{Input, Plan, Recipe};
+use crate::plan::{Input, PAIRS_KEY, Plan, Recipe, TRANSFORM_KEY};
+use crate::transform::{Pair, Transforms};
 
 const SOURCE_SHA256: &str = "ostq.source.sha256";
 /// Length of a sha256 in hex.
 const HEX: usize = 64;
 
 /// The keys, with placeholders for the digests of the source files.
-pub fn keys(input: &Input, recipe: &Recipe, imatrix: Option<&Imatrix>) -> Metadata {
+pub fn keys(input: &Input, recipe: &Recipe, imatrix: Option<&Imatrix>, transforms: Option<&Transforms>) -> Metadata {
     if recipe.no_provenance {
         return Metadata::new();
     }
@@ -21,6 +24,12 @@ pub fn keys(input: &Input, recipe: &Recipe, imatrix: Option<&Imatrix>) -> Metada
     keys.push(("ostq.recipe".into(), Value::from(recipe.to_portable_toml())));
     if let Some(i) = imatrix {
         keys.push(("ostq.imatrix.sha256".into(), Value::from(i.sha256.as_str())));
+    }
+    if let Some(t) = transforms {
+        let pairs: BTreeSet<Pair> = t.tensors().iter().map(|t| t.1).collect();
+        keys.push((TRANSFORM_KEY.into(), Value::from(t.name.as_str())));
+        keys.push(("ostq.transform.sha256".into(), Value::from(t.digest().as_str())));
+        keys.push((PAIRS_KEY.into(), Value::strs(pairs.iter().map(|p| p.name()))));
     }
     let names: Vec<String> = input
         .source

@@ -353,7 +353,7 @@ impl<'a> Model<'a> {
         Ok((RopeTable::new(s, &s.rope, factors.as_deref(), length), RopeTable::new(s, &s.window_rope, None, length)))
     }
 
-    /// Bytes of the largest layer as f32, and of one expert's matrices where there are any.
+    /// Bytes of the largest layer as f32, and of one expert's matrices where there are any, and of what the source keeps.
     pub fn layer_bytes(&self) -> u64 {
         let mut largest = 0;
         for l in 0..self.spec.layers {
@@ -367,7 +367,7 @@ impl<'a> Model<'a> {
                 .sum();
             largest = largest.max(bytes);
         }
-        largest
+        largest + self.source.resident()
     }
 
     /// Inputs of the widest `ffn_down`.

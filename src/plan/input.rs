@@ -1,6 +1,7 @@
 //! Opening the input: a folder or a GGUF file becomes a [`TensorSource`], the keys of the output and a few facts.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::mix::ModelFacts;
 use super::options::{Options, OutType, Target, Via};
@@ -9,6 +10,7 @@ use crate::checkpoint::naming::ParamCount;
 use crate::checkpoint::{CheckpointError, Config, Weights, rope};
 use crate::gguf::{self, GgmlType, Metadata, Value};
 use crate::source::{CheckpointSource, GgufSource, MapOptions, TensorSource};
+use crate::transform::{TransformError, TransformedSource, Transforms};
 
 /// An opened input.
 pub struct Input {
@@ -22,13 +24,27 @@ pub struct Input {
     pub is_gguf: bool,
     /// The type that `auto` stands for.
     pub auto: OutType,
+    /// Transforms that it was made with: its name and the pairs in it.
+    pub transform: Option<(String, Vec<String>)>,
 }
+
+/// Keys of transformed files; a file made from one keeps them.
+pub const TRANSFORM_KEY: &str = "ostq.transform";
+/// The kinds of pairs, as a transforms file names them.
+pub const PAIRS_KEY: &str = "ostq.transform.pairs";
 
 impl Input {
     /// Opens a folder with config.json or a GGUF file.
     pub fn open(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
         let meta = std::fs::metadata(path).map_err(|e| CheckpointError::io(path, e))?;
         if meta.is_dir() { open_folder(path, options) } else { open_file(path, options) }
+    }
+
+    /// Puts transforms between the weights and everybody who reads them.
+    pub fn transform(&mut self, path: &Path, transforms: Arc<Transforms>) -> Result<(), TransformError> {
+        let source = std::mem::replace(&mut self.source, Box::new(NoWeights));
+        self.source = Box::new(TransformedSource::new(path, source, &self.metadata, transforms)?);
+        Ok(())
     }
 
     /// What the type mix needs to know, from the keys.
@@ -117,6 +133,7 @@ fn open_folder(path: &Path, options: &Options) -> Result<Input, CheckpointError>
         summary: built.summary,
         is_gguf: false,
         auto,
+        transform: None,
     })
 }
 
@@ -158,7 +175,18 @@ fn open_file(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
     // the output is laid out at the default alignment, is one file, and says itself what it was made from
     let stale =
         |k: &str| k == "general.alignment" || k.starts_with("split.") || k.starts_with(super::PROVENANCE_PREFIX);
-    metadata.retain(|(k, _)| !stale(k));
+    // what was done to the weights stays true of what is made from them
+    let kept = |k: &str| k.starts_with(TRANSFORM_KEY) && !r.no_provenance;
+    let transform = gguf::value::get(&metadata, TRANSFORM_KEY).and_then(Value::as_str).map(|name| {
+        let pairs = match gguf::value::get(&metadata, PAIRS_KEY) {
+            Some(Value::Array(gguf::Array::Str(v))) => {
+                v.iter().map(|p| String::from_utf8_lossy(p).into_owned()).collect()
+            }
+            _ => Vec::new(),
+        };
+        (name.to_string(), pairs)
+    });
+    metadata.retain(|(k, _)| !stale(k) || kept(k));
     if gguf::value::get(&metadata, "general.architecture").and_then(Value::as_str).is_none() {
         return Err(CheckpointError::file(path, "key `general.architecture` is missing: not a model"));
     }
@@ -174,6 +202,7 @@ fn open_file(path: &Path, options: &Options) -> Result<Input, CheckpointError> {
         summary: Vec::new(),
         is_gguf: true,
         auto: if has_bf16 { OutType::BF16 } else { OutType::F16 },
+        transform,
     })
 }
 

@@ -70,17 +70,22 @@ fn peak(plan: &Plan, source: &dyn TensorSource, imatrix: Option<&Imatrix>, threa
         .iter()
         .map(|t| {
             let s = &source.tensors()[t.source];
-            let elements = rows_per_item(t.row_len(), t.rows(), s.row_group, chunk) * t.row_len();
+            let rows = rows_per_item(t.row_len(), t.rows(), s.row_group, chunk);
+            let elements = rows * t.row_len();
             // f32 values, a rounding copy, output, mapped input (read ahead counts once more)
             let stored = s.stored_bytes.div_ceil(t.elements().max(1));
-            elements * (4 + 4 + 2 * stored) + elements * t.bytes / t.elements().max(1)
+            elements * (4 + 4 + 2 * stored) + elements * t.bytes / t.elements().max(1) + source.scratch(t.source, rows)
         })
         .max()
         .unwrap_or(0);
     let tables = if plan.tensors.iter().any(|t| t.ty.name().starts_with("iq")) { TABLES } else { 0 };
     let importance = imatrix.map_or(0, |i| i.entries.values().map(|v| v.len() as u64 * 4).sum());
     // keys are held as values and as header bytes
-    BASE + tables + importance + 4 * plan.layout.header.len() as u64 + threads as u64 * (item + (2 << 20))
+    BASE + source.resident()
+        + tables
+        + importance
+        + 4 * plan.layout.header.len() as u64
+        + threads as u64 * (item + (2 << 20))
 }
 
 /// Rows of one work item: whole groups, at least one, at most `chunk` elements where that is possible.

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 pub use ftype::FileType;
-pub use input::Input;
+pub use input::{Input, PAIRS_KEY, TRANSFORM_KEY};
 pub use options::{Budget, Options, OutType, Rounding, Target, Via};
 pub use recipe::{BUILT_IN, OWN, Recipe};
 

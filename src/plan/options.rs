@@ -4,6 +4,7 @@ use super::FileType;
 use super::mix::TensorTypeRule;
 use super::recipe::Recipe;
 use crate::gguf::{GgmlType, Value};
+use crate::transform::Preset;
 
 /// What the weights become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +178,22 @@ impl Options {
                 true => "--exact keeps llama.cpp's mix: it does not go with a target size".into(),
                 false => format!("a target size needs --calibrate TEXT (or --calibrate {})", super::BUILT_IN),
             });
+        }
+        if let Some(a) = r.alpha.filter(|a| !(0.0..=1.0).contains(a)) {
+            return Err(format!("--alpha: {a} is not between 0 and 1"));
+        }
+        let preset = r.transform.as_deref().and_then(std::path::Path::to_str).and_then(Preset::parse);
+        if r.transform.is_some() && preset != Some(Preset::None) {
+            if r.exact {
+                return Err("--exact promises llama.cpp's bytes: it does not go with --transform".into());
+            }
+            if r.vocab_only {
+                return Err("--vocab-only writes no weights that --transform could change".into());
+            }
+            if let Some(p) = preset.filter(|p| p.calibrates() && r.calibrate.is_empty()) {
+                let name = p.name();
+                return Err(format!("--transform {name} needs --calibrate TEXT (or --calibrate {})", super::BUILT_IN));
+            }
         }
         let types = r.types.iter().map(|t| tensor_type("--types", t)).collect::<Result<Vec<_>, _>>()?;
         if !r.include_weights.is_empty() && !r.exclude_weights.is_empty() {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::transform::Preset;
+
 /// In place of a text: the corpus that ships with the program.
 pub const BUILT_IN: &str = "builtin";
 /// And for text that the model writes itself.
@@ -78,6 +80,15 @@ pub struct Recipe {
     /// Texts to tune on; empty: those of `calibrate`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tune_text: Vec<PathBuf>,
+    /// A preset's name or a transforms file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transform: Option<PathBuf>,
+    /// SmoothQuant's migration strength.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// Of random rotations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub include_weights: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -127,7 +138,9 @@ impl Recipe {
     /// Every file that it names.
     fn files(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let one = [&mut self.imatrix, &mut self.metadata, &mut self.chat_template].into_iter().flatten();
-        one.chain(&mut self.calibrate).chain(&mut self.tune_text)
+        let is_file = |t: &&mut PathBuf| t.to_str().and_then(Preset::parse).is_none();
+        let transform = self.transform.as_mut().filter(is_file);
+        one.chain(&mut self.calibrate).chain(&mut self.tune_text).chain(transform)
     }
 
     /// `over` wins where it says something; lists are appended.
@@ -146,7 +159,7 @@ impl Recipe {
             (self.r#type, self.outtype) = (None, None);
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
-        take!(quality calibrate_tokens ctx rounding tune);
+        take!(quality calibrate_tokens ctx rounding tune transform alpha seed);
         // one word on which tensor gets which type
         if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() || over.mix.is_some() {
             (self.target_size, self.target_bpw, self.like) = (over.target_size, over.target_bpw, over.like);

@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use crate::gguf::GgmlType;
 use crate::mapped::MappedFile;
+use crate::transform::TransformedSource;
 
 /// A tensor as the output will know it.
 #[derive(Clone, Debug)]
@@ -77,4 +78,19 @@ pub trait TensorSource: Sync {
 
     /// Rows are done with: their pages may leave memory.
     fn release(&self, index: usize, rows: Range<u64>);
+
+    /// The transforms between these weights and the file, if there are any.
+    fn transformed(&self) -> Option<&TransformedSource> {
+        None
+    }
+
+    /// Bytes that the source itself keeps in memory, beside the maps.
+    fn resident(&self) -> u64 {
+        0
+    }
+
+    /// Bytes that reading `rows` rows of a tensor takes for as long as it lasts.
+    fn scratch(&self, _index: usize, _rows: u64) -> u64 {
+        0
+    }
 }
