@@ -110,7 +110,7 @@ fn what_does_not_go_together_is_refused() {
         program::run(all)
     };
     run(&["--transform", "quarot", "--exact"]).exits(2).says("--exact");
-    run(&["--transform", "awq"]).exits(2).says("needs --calibrate");
+    run(&["--transform", "awq", "--rounding", "nearest"]).exits(2).says("needs --calibrate");
     run(&["--transform", "smoothquant", "--alpha", "2"]).exits(2).says("--alpha");
     run(&["--transform", "nowhere.safetensors"]).exits(3).says("nowhere.safetensors");
     run(&["--transform", "quarot", "--imatrix", imatrix]).exits(3).says("mixes the columns");

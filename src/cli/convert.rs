@@ -124,8 +124,12 @@ fn check_output(args: &ConvertArgs, prepared: &Prepared, out: &Path) -> Result<(
     let input = args.input.as_deref().expect("required by the parser");
     let mut inputs: Vec<(u64, u64)> = prepared.input.source.files().iter().map(|f| f.identity()).collect();
     let r = &prepared.options.recipe;
-    let mut side: Vec<std::path::PathBuf> =
-        [&r.imatrix, &r.metadata, &r.chat_template].into_iter().flatten().chain(&r.calibrate).cloned().collect();
+    let mut side: Vec<std::path::PathBuf> = [&r.imatrix, &r.metadata, &r.chat_template, &r.transform]
+        .into_iter()
+        .flatten()
+        .chain(&r.calibrate)
+        .cloned()
+        .collect();
     if input.is_dir() {
         side.extend(std::fs::read_dir(input).into_iter().flatten().flatten().map(|e| e.path()));
     }

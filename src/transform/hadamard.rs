@@ -118,7 +118,7 @@ fn base(m: usize) -> Option<Vec<i8>> {
 pub fn hadamard(n: usize) -> Option<Vec<i8>> {
     let (m, small) = split(n)?;
     let at = |i: usize, j: usize| {
-        let sylvester = if (i / m & j / m).count_ones().is_multiple_of(2) { 1 } else { -1 };
+        let sylvester = if ((i / m) & (j / m)).count_ones().is_multiple_of(2) { 1 } else { -1 };
         sylvester * small[i % m * m + j % m]
     };
     Some((0..n * n).map(|x| at(x / n, x % n)).collect())
