@@ -174,7 +174,7 @@ impl Kind {
 
     /// Random weights.
     pub fn weights(&self) -> Memory {
-        let mut numbers = Numbers(self.name.bytes().fold(7, |s, b| s * 31 + u64::from(b)));
+        let mut numbers = Numbers(self.name.bytes().fold(7, |s: u64, b| s.wrapping_mul(31).wrapping_add(b.into())));
         let mut m = Memory::default();
         let mut matrix = |m: &mut Memory, name: &str, dims: &[usize]| {
             let scale = (3.0 / dims[0] as f64).sqrt();
