@@ -3,7 +3,7 @@
 //!
 //! [`Transforms`] are rotations and scales in pairs that cancel, of the kinds of OSTQuant (arXiv 2501.13987). A
 //! [`TransformedSource`] gives the weights of the transformed model under the same GGUF names, fused in f64 while they are
-//! read; plan, calibration, rounding and conversion see nothing else. [`preset`] makes transforms in closed form, [`file`]
+//! read; plan, calibration, rounding and conversion see nothing else. [`preset`] makes transforms in closed form, [`mod@file`]
 //! reads and writes them.
 
 pub mod anatomy;

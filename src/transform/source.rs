@@ -2,7 +2,7 @@
 //!
 //! Nothing is stored but the transforms themselves and the vectors of the model. Rows are read from the source behind and
 //! fused in f64 when they are asked for. A writer of the stream mixes all its rows: for each portion of rows it is read once
-//! from front to back, a few rows at a time, so portions are [`PORTION`] rows at least ([`SourceTensor::row_group`]).
+//! from front to back, a few rows at a time, so portions are 128 rows at least ([`SourceTensor::row_group`]).
 
 use std::ops::Range;
 use std::path::Path;
