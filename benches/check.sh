@@ -14,6 +14,7 @@
 #
 # Environment: OSTQ_PEERS (default ~/.cache/ostq-peers), OSTQ_BIN (default: target/release/ostq-convert).
 set -euo pipefail
+export OSTQ_QUALITY=exact # llama.cpp's bytes, for a comparison of the same work
 export LC_ALL=C
 cd "$(dirname "$0")/.."
 chunks=20

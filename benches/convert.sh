@@ -18,6 +18,7 @@
 # Environment: OSTQ_PEERS (default ~/.cache/ostq-peers; without its Python side the two steps are left out), OSTQ_BIN
 # (default: target/release/ostq-convert). Needs /usr/bin/time or python3 for the memory.
 set -euo pipefail
+export OSTQ_QUALITY=exact # llama.cpp's bytes, for a comparison of the same work
 export LC_ALL=C
 cd "$(dirname "$0")/.."
 

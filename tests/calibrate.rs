@@ -15,7 +15,9 @@ use ostq_convert::plan::{Input, Options, Recipe};
 use ostq_convert::tokenizer::encode::TextEncoder;
 
 fn program() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_ostq-convert"))
+    let mut program = Command::new(env!("CARGO_BIN_EXE_ostq-convert"));
+    program.env("OSTQ_QUALITY", "exact");
+    program
 }
 
 fn run_ok(command: &mut Command) -> String {

@@ -65,7 +65,12 @@ impl Bed {
 }
 
 fn convert(input: &Path, out: &Path, flags: &[&str]) {
-    run(Command::new(env!("CARGO_BIN_EXE_ostq-convert")).arg(input).arg(out).args(flags).arg("--quiet"));
+    run(Command::new(env!("CARGO_BIN_EXE_ostq-convert"))
+        .env("OSTQ_QUALITY", "exact")
+        .arg(input)
+        .arg(out)
+        .args(flags)
+        .arg("--quiet"));
 }
 
 /// `NAME: VALUE ± ERROR` as printed; several spaces are one.

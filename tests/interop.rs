@@ -54,13 +54,21 @@ fn run(command: &mut Command) -> Output {
 
 /// Our program.
 fn convert(input: &Path, out: &Path, flags: &[&str]) {
-    run(Command::new(env!("CARGO_BIN_EXE_ostq-convert")).arg(input).arg(out).args(flags).arg("--quiet"));
+    run(Command::new(env!("CARGO_BIN_EXE_ostq-convert"))
+        .env("OSTQ_QUALITY", "exact")
+        .arg(input)
+        .arg(out)
+        .args(flags)
+        .arg("--quiet"));
 }
 
 /// Keys but for `ostq.*` and those with a prefix in `except`, and (type, dims, sha256) of tensors.
 fn content(file: &Path, except: &[&str]) -> (BTreeMap<String, Json>, BTreeMap<String, Json>) {
-    let shown =
-        run(Command::new(env!("CARGO_BIN_EXE_ostq-convert")).arg("inspect").arg(file).args(["--sha256", "--json"]));
+    let shown = run(Command::new(env!("CARGO_BIN_EXE_ostq-convert"))
+        .env("OSTQ_QUALITY", "exact")
+        .arg("inspect")
+        .arg(file)
+        .args(["--sha256", "--json"]));
     let json: Json = serde_json::from_slice(&shown.stdout).unwrap();
     let keys = json["metadata"].as_array().unwrap().iter();
     let keys = keys.map(|k| (k["key"].as_str().unwrap().to_string(), k.clone()));

@@ -7,7 +7,8 @@ use serde_json::{Value as Json, json};
 
 /// Our program; its standard output.
 fn run(args: &[&str]) -> Vec<u8> {
-    let output = Command::new(env!("CARGO_BIN_EXE_ostq-convert")).args(args).output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_ostq-convert")).env("OSTQ_QUALITY", "exact").args(args).output().unwrap();
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     output.stdout
 }

@@ -95,7 +95,13 @@ pub fn apply(
     let cap = target.saturating_sub(rest);
     let Some(picks) = knapsack::solve(&tensors, cap) else {
         let least: u64 = tensors.iter().map(|t| t.iter().map(|o| o.bytes).min().unwrap_or(0)).sum();
-        return Err(Failure::new(USAGE, AllocationError::TooSmall { least: least + rest, target }));
+        let e = AllocationError::TooSmall { least: least + rest, target };
+        if options.recipe.quality.is_some() && !args.sizes() {
+            // nobody asked for a size: the word did
+            print::stderr(&format!("warning: {e}; the mix of {} stays", plan.type_name));
+            return Ok(());
+        }
+        return Err(Failure::new(USAGE, e));
     };
     let types: BTreeMap<String, GgmlType> = costs
         .iter()

@@ -9,6 +9,9 @@ use crate::plan::memory::parse_size;
 use crate::plan::quality::{self, Quality};
 use crate::plan::{Options, Recipe};
 
+/// Names the environment variable that says what --quality is where no flag says how weights become codes.
+const DEFAULT_QUALITY: &str = "OSTQ_QUALITY";
+
 /// What to convert, and how.
 #[derive(Args, Clone, Debug)]
 pub struct ConvertArgs {
@@ -32,9 +35,13 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     via: Option<String>,
     /// How much to do for quality: exact (llama.cpp's bytes), fast (an importance matrix), balanced (types allocated at the
-    /// size of the type's mix, GPTQ) or best (balanced and tuning) [default: balanced].
+    /// size of the type's mix, GPTQ) or best (balanced and tuning) [default: balanced, or what
+    /// OSTQ_QUALITY says; with --calibrate, --imatrix, --rounding or --outtype: what these say].
     #[arg(long, value_name = "WORD", help_heading = "Types")]
     quality: Option<String>,
+    /// Choose the quality, and how long to tune, so that the conversion takes about this long here, for instance 30m.
+    #[arg(long, value_name = "TIME", help_heading = "Types", value_parser = parse_time, conflicts_with_all = ["quality", "exact", "tune"])]
+    pub time_budget: Option<f64>,
     /// Byte for byte what llama.cpp writes. Rounding is then nearest, also with --calibrate.
     #[arg(long, help_heading = "Types")]
     exact: bool,
@@ -209,6 +216,20 @@ pub struct ConvertArgs {
     pub quiet: bool,
 }
 
+/// Seconds of `90s`, `30m`, `2h`.
+fn parse_time(text: &str) -> Result<f64, String> {
+    let bad = || format!("`{text}` is no time, such as 90s, 30m or 2h");
+    let (number, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
+    let unit = match unit {
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(bad()),
+    };
+    let seconds = number.parse::<f64>().map_err(|_| bad())? * unit;
+    if seconds.is_finite() && seconds > 0.0 { Ok(seconds) } else { Err(bad()) }
+}
+
 /// What a run of a model may take.
 #[derive(Args, Clone, Debug)]
 pub struct ResourceArgs {
@@ -246,8 +267,8 @@ impl ConvertArgs {
         self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from)
     }
 
-    /// The recipe of this command line, laid over `--recipe`, checked.
-    pub fn options(&self) -> Result<Options, Failure> {
+    /// The recipe of this command line, laid over `--recipe`.
+    pub fn plain_recipe(&self) -> Result<Recipe, Failure> {
         let base = match &self.recipe {
             Some(path) => Recipe::load(path).map_err(|e| Failure::new(USAGE, e))?,
             None => Recipe::default(),
@@ -256,8 +277,18 @@ impl ConvertArgs {
         if recipe.r#type.is_none() && recipe.outtype.is_none() {
             recipe.r#type = Some(crate::plan::options::DEFAULT_TYPE.name().to_lowercase());
         }
+        Ok(recipe)
+    }
+
+    /// The same with its quality spelled out, checked.
+    pub fn options(&self) -> Result<Options, Failure> {
+        let mut recipe = self.plain_recipe()?;
         let usage = |e: String| Failure::new(USAGE, e);
-        if let Some(quality) = Quality::of(&recipe).map_err(usage)? {
+        let otherwise = match std::env::var(DEFAULT_QUALITY) {
+            Ok(word) => Quality::parse(&word).map_err(|e| usage(format!("{DEFAULT_QUALITY}: {e}")))?,
+            Err(_) => Quality::Balanced,
+        };
+        if let Some(quality) = Quality::of(&recipe, otherwise).map_err(usage)? {
             recipe = quality::spelled_out(recipe, quality);
         }
         Options::resolve(recipe).map_err(usage)

@@ -9,6 +9,7 @@ mod bar;
 mod calibrate;
 mod check;
 mod convert;
+mod estimate;
 mod inspect;
 mod lists;
 mod plan;

@@ -28,6 +28,12 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let mut options = args.options()?;
     let path = args.input.as_deref().expect("required by the parser");
     let mut input = Input::open(path, &options)?;
+    if let Some(budget) = args.time_budget {
+        let (word, steps) = super::estimate::within(args, &options.recipe, &input, budget)?;
+        let mut recipe = crate::plan::quality::spelled_out(args.plain_recipe()?, word);
+        recipe.tune = steps.or(recipe.tune);
+        options = Options::resolve(recipe).map_err(|e| Failure::new(super::USAGE, e))?;
+    }
     settle(&mut options, &mut input, path)?;
     let r = &options.recipe;
     let mut given = r.imatrix.as_deref().map(Imatrix::load).transpose()?;
@@ -43,6 +49,9 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     }
     let keys = provenance::keys(&input, r, imatrix.as_ref(), transforms.as_deref());
     let mut plan = Plan::new(&input, &options, imatrix.as_ref(), keys.clone())?;
+    if calibrate {
+        super::estimate::announce(args, r, &input, &plan, options.rounding)?;
+    }
     // the word asks for an allocation, but a plan alone reads headers only
     let later = !calibrate && options.recipe.quality.is_some() && !args.sizes();
     if later && options.budget.is_some() {

@@ -41,8 +41,14 @@ impl Quality {
         }
     }
 
-    /// What a recipe asks for: by its word, or `balanced` where it says nothing of the matter and there is something to gain.
-    pub fn of(r: &Recipe) -> Result<Option<Quality>, String> {
+    /// The word of a recipe.
+    pub fn of_word(r: &Recipe) -> Option<Quality> {
+        r.quality.as_deref().and_then(|w| Quality::parse(w).ok())
+    }
+
+    /// What a recipe asks for: by its word, or `otherwise` where it says nothing of the matter and there is something to gain.
+    /// None: it stands as it is.
+    pub fn of(r: &Recipe, otherwise: Quality) -> Result<Option<Quality>, String> {
         if let Some(word) = &r.quality {
             let quality = Quality::parse(word)?;
             return match quality {
@@ -65,7 +71,7 @@ impl Quality {
             || r.vocab_only
             || r.bigendian
             || r.tune.is_some();
-        Ok((!says && worth(r)).then_some(Quality::Balanced))
+        Ok((!says && otherwise != Quality::Exact && worth(r)).then_some(otherwise))
     }
 }
 

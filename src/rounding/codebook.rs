@@ -311,6 +311,7 @@ mod tests {
                 assert!((alone / got - 1.0).abs() < 1e-4, "{ty} at {at}: {alone} {got}");
                 for last in (k..n - at).rev() {
                     let row = h[last].clone();
+                    #[allow(clippy::needless_range_loop)]
                     for i in 0..last {
                         let by = h[i][last] / row[last];
                         (0..last).for_each(|j| h[i][j] -= by * row[j]);
@@ -344,7 +345,7 @@ mod tests {
             };
             let got = nearest::<K, EVEN>(c, norm, w, scale);
             assert!((cost(&got.values[..K]) - got.cost).abs() <= 1e-4 * got.cost + 1e-6);
-            assert!(!EVEN || got.signs.count_ones() % 2 == 0);
+            assert!(!EVEN || got.signs.count_ones().is_multiple_of(2));
             let mut best = f32::MAX;
             for point in 0..(c.points.len() * LANES) as u16 {
                 let m = c.magnitudes(point);

@@ -108,7 +108,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
             None => work.embed(&mut stream(0)?)?,
         },
     }
-    let mut saves = Saves::new();
+    let mut saves = Saves::default();
     for l in done..job.model.spec.layers {
         match &mut memory {
             Some(memory) => work.layer(l, None, memory)?,

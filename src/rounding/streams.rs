@@ -47,6 +47,7 @@ impl Pair {
 }
 
 /// When streams that are in memory are saved: first of all, then so rarely that it takes a small part of the time.
+#[derive(Default)]
 pub struct Saves {
     last: Option<(Instant, Duration)>,
 }
@@ -54,10 +55,6 @@ pub struct Saves {
 impl Saves {
     /// Time between saves, in times that the last one took.
     const RARELY: u32 = 40;
-
-    pub fn new() -> Saves {
-        Saves { last: None }
-    }
 
     pub fn due(&self) -> bool {
         self.last.is_none_or(|(at, took)| at.elapsed() >= took * Self::RARELY)

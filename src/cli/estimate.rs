@@ -1,0 +1,194 @@
+//! How long a conversion will take on this machine, from the work that its plan holds and a short measurement.
+
+use std::time::Instant;
+
+use super::args::ConvertArgs;
+use super::calibrate::pool;
+use super::round::windows;
+use super::{Failure, print};
+use crate::forward::{Model, Spec};
+use crate::plan::quality::Quality;
+use crate::plan::{Input, OWN, Plan, Recipe, Rounding};
+
+/// Seconds by stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Estimate {
+    /// Text that the model writes.
+    pub text: f64,
+    pub allocation: f64,
+    pub rounding: f64,
+    pub tuning: f64,
+}
+
+impl Estimate {
+    pub fn total(&self) -> f64 {
+        self.text + self.allocation + self.rounding + self.tuning
+    }
+}
+
+/// Multiplications and additions a second, in products of f32, of the threads of `pool` together.
+fn rate(pool: &rayon::ThreadPool) -> f64 {
+    const N: usize = 960;
+    let (a, b) = (vec![0.5f32; N * N], vec![0.25f32; N * N]);
+    let mut out = vec![0f32; N * N];
+    let mut best = f64::INFINITY;
+    // the first wakes the threads
+    for _ in 0..4 {
+        let start = Instant::now();
+        pool.install(|| crate::linalg::product(&a, &b, N, &mut out));
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    2.0 * (N * N * N) as f64 / best.max(1e-9)
+}
+
+/// What the stages are made of; the factors are measured (docs/performance.md says on what).
+struct Work {
+    /// Weights of the layers' matrices, of the head, of the embedding.
+    layers: f64,
+    head: f64,
+    /// Σ n² over the inputs of the layers.
+    squares: f64,
+    /// Multiplications of attention for one token of a window.
+    attention: f64,
+    rate: f64,
+    threads: f64,
+}
+
+impl Work {
+    fn new(model: &Model<'_>, length: usize, rate: f64, threads: usize) -> Work {
+        let s: &Spec = &model.spec;
+        let square = |n: usize| (n * n) as f64;
+        let squares = 2.0 * square(s.embed) + square(s.heads * s.head_dim) + square(model.feed_forward());
+        Work {
+            layers: model.linear_flops() as f64 / 2.0,
+            head: (model.vocab * s.embed) as f64,
+            squares: squares * s.layers as f64,
+            attention: (s.layers * s.heads * s.head_dim * length) as f64,
+            rate,
+            threads: threads as f64,
+        }
+    }
+
+    /// A pass of one token through the layers.
+    fn pass(&self) -> f64 {
+        2.0 * (self.layers + self.attention)
+    }
+
+    fn text(&self, tokens: f64) -> f64 {
+        tokens * 2.0 * (self.layers + self.head + 2.0 * self.attention) / (0.55 * self.rate)
+    }
+
+    fn allocation(&self, types: f64) -> f64 {
+        // 64 windows forward, 32 of them back; every type of every tensor is rounded once
+        let tokens = 32_768.0;
+        let flops = tokens * (self.pass() + self.squares) + tokens / 2.0 * (4.0 * self.pass() + 6.0 * self.head);
+        flops / (0.6 * self.rate) + types * (self.layers + 2.0 * self.head) * 90e-9 / self.threads
+    }
+
+    fn rounding(&self, tokens: f64, paths: f64) -> f64 {
+        let flops = tokens * (paths * self.pass() + (2.0 * paths - 1.0) * self.squares);
+        flops / (0.75 * self.rate) + (self.layers + self.head) * 2.5e-6 / self.threads
+    }
+
+    fn tuning(&self, steps: f64, tokens: f64) -> f64 {
+        steps * tokens * (5.0 * self.pass() + 8.0 * self.head) / (0.6 * self.rate)
+    }
+}
+
+/// The time that what a recipe asks for will take.
+pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocates: bool) -> Result<Estimate, Failure> {
+    let pool = pool(args.threads())?;
+    let length = recipe.ctx.unwrap_or(512) as usize;
+    let work = Work::new(model, length, rate(&pool), pool.current_num_threads());
+    let tokens = (windows(recipe) * length) as f64;
+    let own = recipe.calibrate.iter().any(|w| w.as_os_str() == OWN);
+    let given = recipe.calibrate.iter().filter(|w| w.as_os_str() != OWN);
+    // four bytes a token, roughly
+    let bytes: u64 = given.map(|p| std::fs::metadata(p).map_or(170_000, |m| m.len())).sum();
+    let missing = (tokens - bytes as f64 / 4.0).max(0.0);
+    let paths = if recipe.one_pass { 1.0 } else { 2.0 };
+    Ok(Estimate {
+        text: if own { work.text(missing) } else { 0.0 },
+        allocation: if allocates { work.allocation(7.0) } else { 0.0 },
+        rounding: work.rounding(tokens, paths),
+        tuning: recipe.tune.map_or(0.0, |steps| work.tuning(f64::from(steps), 8.0 * length as f64)),
+    })
+}
+
+/// A time, in words.
+pub fn words(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{:.0} s", s.max(1.0)),
+        s if s < 5400.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
+/// Says before it starts what a conversion will do, and about how long it takes.
+pub fn announce(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan, how: Rounding) -> Result<(), Failure> {
+    if args.quiet || how != Rounding::Gptq {
+        return Ok(());
+    }
+    let path = args.input.as_deref().expect("required by the parser");
+    let model = Model::new(path, &*input.source, &input.metadata)?;
+    let allocates = recipe.like.is_some() || recipe.target_size.is_some() || recipe.target_bpw.is_some();
+    let e = estimate(args, recipe, &model, allocates)?;
+    let stages = [
+        (e.text, "text from the model itself"),
+        (e.allocation, "types allocated at a size"),
+        (e.rounding, "GPTQ with corrected targets"),
+        (e.tuning, "tuning"),
+    ];
+    let stages: Vec<String> =
+        stages.iter().filter(|(t, _)| *t > 0.0).map(|(t, what)| format!("{what} ({})", words(*t))).collect();
+    print::stderr(&format!("{}: {}; about {} in all", plan.type_name, stages.join(", "), words(e.total())));
+    if e.total() > 3600.0 {
+        let faster = match Quality::of_word(recipe) {
+            Some(Quality::Best) => "--quality balanced, fast or exact",
+            _ => "--quality fast or exact",
+        };
+        print::stderr(&format!("that is long: {faster} and --one-pass are faster"));
+    }
+    Ok(())
+}
+
+/// The best word that `budget` seconds allow, with the tuning that fits; at least `fast`.
+pub fn within(
+    args: &ConvertArgs,
+    recipe: &Recipe,
+    input: &Input,
+    budget: f64,
+) -> Result<(Quality, Option<u32>), Failure> {
+    let path = args.input.as_deref().expect("required by the parser");
+    let Ok(model) = Model::new(path, &*input.source, &input.metadata) else { return Ok((Quality::Fast, None)) };
+    let spelled = crate::plan::quality::spelled_out(recipe.clone(), Quality::Best);
+    let e = estimate(args, &spelled, &model, spelled.like.is_some())?;
+    let balanced = e.total() - e.tuning;
+    if balanced > budget {
+        return Ok((Quality::Fast, None));
+    }
+    let steps = (spelled.tune.unwrap_or(0) as f64 * (budget - balanced) / e.tuning.max(1e-9)) as u32;
+    // fewer steps than these are not worth their text
+    if steps < 50 { Ok((Quality::Balanced, None)) } else { Ok((Quality::Best, Some(steps.min(2000)))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_said_in_the_unit_that_fits() {
+        assert_eq!((words(0.2), words(89.0)), ("1 s".into(), "89 s".into()));
+        assert_eq!((words(600.0), words(7200.0)), ("10 min".into(), "2.0 h".into()));
+    }
+
+    #[test]
+    fn more_work_takes_longer() {
+        let work = |rate: f64| Work { layers: 1e8, head: 3e7, squares: 1e8, attention: 1e7, rate, threads: 2.0 };
+        let (slow, fast) = (work(1e11), work(2e11));
+        assert!(slow.rounding(1e5, 2.0) > fast.rounding(1e5, 2.0));
+        assert!(slow.rounding(1e5, 2.0) > slow.rounding(1e5, 1.0));
+        assert!(slow.tuning(100.0, 4096.0) > slow.tuning(50.0, 4096.0));
+        assert!(slow.text(1e5) > 0.0 && slow.allocation(7.0) > slow.allocation(1.0));
+    }
+}

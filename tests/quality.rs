@@ -1,0 +1,87 @@
+//! `--quality`: what each word stands for, the default, and what is refused.
+
+mod common;
+
+use std::path::Path;
+
+use common::program::{command, fixture, run};
+
+/// Converts the fixture with `args` where `OSTQ_QUALITY` says `otherwise`; the bytes, and standard output and error.
+fn convert(out: &Path, otherwise: &str, args: &[&str]) -> (Vec<u8>, String) {
+    let input = fixture("tiny");
+    let mut c = command([&input, out]);
+    c.args(args).args(["--force", "--no-provenance"]).env("OSTQ_QUALITY", otherwise);
+    let ran = c.output().unwrap();
+    let said = [&ran.stdout[..], &ran.stderr[..]].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(ran.status.success(), "{args:?}: {said}");
+    (std::fs::read(out).unwrap(), said)
+}
+
+#[test]
+fn words_are_recipes() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("a.gguf");
+    let exact = convert(&out, "balanced", &["--exact"]).0;
+    assert!(convert(&out, "balanced", &["--quality", "exact"]).0 == exact);
+    assert!(convert(&out, "exact", &[]).0 == exact);
+    let (balanced, said) = convert(&out, "balanced", &["--print-recipe"]);
+    assert!(balanced != exact);
+    for word in ["quality = \"balanced\"", "rounding = \"gptq\"", "like = \"q4_k_m\"", "builtin", "self"] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert!(said.contains("GPTQ with corrected targets (") && said.contains("in all"), "{said}");
+    assert!(convert(&out, "exact", &["--quality", "balanced", "--threads", "1"]).0 == balanced);
+    // the recipe that was printed repeats the bytes
+    let recipe = dir.path().join("r.toml");
+    let printed =
+        command([&fixture("tiny"), &out]).args(["--dry-run", "--print-recipe", "--quality", "balanced"]).output();
+    std::fs::write(&recipe, printed.unwrap().stdout).unwrap();
+    assert!(convert(&out, "exact", &["--recipe", recipe.to_str().unwrap()]).0 == balanced);
+    // another mix where it is asked for, and less text
+    let stock = convert(&out, "exact", &["--quality", "balanced", "--mix", "stock"]).0;
+    assert!(stock != balanced && stock != exact);
+    let (best, said) = convert(&out, "exact", &["--quality", "best", "--mix", "stock", "--tune", "12"]);
+    assert!(best != stock && said.contains("tuned in"), "{said}");
+    let fast = convert(&out, "exact", &["--quality", "fast"]).0;
+    assert!(fast != exact && fast != balanced);
+    // nothing to gain
+    assert!(convert(&out, "balanced", &["-t", "f16"]).0 == convert(&out, "exact", &["-t", "f16"]).0);
+}
+
+#[test]
+fn a_plan_reads_headers_only() {
+    let mut c = command([Path::new("plan"), &fixture("tiny")]);
+    let ran = c.env("OSTQ_QUALITY", "balanced").output().unwrap();
+    assert!(ran.status.success());
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+    assert!(said.contains("allocated when the model is converted"), "{said}");
+}
+
+#[test]
+fn what_does_not_go_together_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, out) = (fixture("tiny"), dir.path().join("x.gguf"));
+    let with = |args: &[&str]| run([input.to_str().unwrap(), out.to_str().unwrap()].iter().chain(args));
+    with(&["--quality", "good"]).exits(2).says("not exact, fast, balanced or best");
+    with(&["--quality", "best", "--exact"]).exits(2).says("--exact is --quality exact");
+    with(&["--quality", "best", "--imatrix", "m.gguf"]).exits(2).says("--imatrix does not go with it");
+    with(&["--quality", "fast", "--like", "q4_0"]).exits(2).says("neither allocates nor tunes");
+    with(&["--time-budget", "5"]).exits(2).says("is no time");
+    with(&["--time-budget", "5m", "--quality", "best"]).exits(2).says("--quality");
+    with(&["--device", "abacus"]).exits(2).says("abacus");
+    assert!(!out.exists());
+    let mut c = command([&input, &out]);
+    let ran = c.env("OSTQ_QUALITY", "good").output().unwrap();
+    assert!(!ran.status.success() && String::from_utf8_lossy(&ran.stderr).contains("OSTQ_QUALITY"));
+}
+
+#[test]
+fn a_time_budget_chooses() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("x.gguf");
+    let recipe = |budget: &str| convert(&out, "exact", &["--time-budget", budget, "--print-recipe"]).1;
+    assert!(recipe("0.000001s").contains("quality = \"fast\""));
+    let long = recipe("1m");
+    assert!(long.contains("quality = \"best\"") && long.contains("tune = "), "{long}");
+}
