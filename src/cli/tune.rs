@@ -168,7 +168,8 @@ fn key(rounded: &BTreeMap<String, Rounded>, texts: &[&[u32]]) -> String {
 
 fn summary(done: &Done, seconds: f64) {
     print::stderr(&format!(
-        "tuned in {seconds:.1} s: KLD {:.5} -> {:.5} on windows held out ({:.3} of it), step {}",
+        "tuned in {seconds:.1} s, {:.3} s a step: KLD {:.5} -> {:.5} on windows held out ({:.3} of it), step {}",
+        done.seconds,
         done.before,
         done.after,
         done.after / done.before,

@@ -155,6 +155,9 @@ impl Options {
             Some("gptq") => Rounding::Gptq,
             Some(other) => return Err(format!("--rounding: `{other}` is not nearest, gptq or auto")),
         };
+        if rounding == Rounding::Gptq && !r.prune_layers.is_empty() {
+            return Err("--prune-layers leaves another model: write it with --outtype bf16, then round that".into());
+        }
         let budget = match (r.target_size, r.target_bpw, &r.like) {
             (Some(bytes), None, None) => Some(Budget::Bytes(bytes)),
             (None, Some(bits), None) if bits.is_finite() && bits > 0.0 => Some(Budget::Bits(bits)),

@@ -69,6 +69,7 @@ impl Quality {
             || r.outtype.is_some()
             || r.via.is_some()
             || r.vocab_only
+            || !r.prune_layers.is_empty()
             || r.bigendian
             || r.tune.is_some();
         Ok((!says && otherwise != Quality::Exact && worth(r)).then_some(otherwise))

@@ -85,6 +85,8 @@ pub struct Done {
     pub after: f64,
     /// The step that was kept.
     pub step: usize,
+    /// The median of the seconds that steps took; 0 if none was left to do.
+    pub seconds: f64,
 }
 
 /// The head of `tuning.state`; after it all values of [`Student::state`].
@@ -145,7 +147,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
         best_bytes = engine.pull()?.bytes();
         watch.held_out(0, kept.before, true);
     }
-    let mut batch = Vec::new();
+    let (mut batch, mut times) = (Vec::new(), Vec::new());
     for step in kept.step + 1..=s.steps {
         interrupted()?;
         batch.clear();
@@ -155,7 +157,9 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
         }
         let left = 1.0 - (step - 1) as f32 / s.steps as f32;
         let adam = Adam::new(step, s.rate * left, s.code_rate * left);
+        let start = Instant::now();
         let loss = engine.step(&batch, &adam)?;
+        times.push(start.elapsed().as_secs_f64());
         if !loss.is_finite() {
             return Err(TuningError::Refused(format!("the loss is {loss} at step {step}")));
         }
@@ -182,7 +186,9 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
     }
     write_best(job, &mut best_bytes)?;
     let tensors = engine.pull()?.bytes().into_iter().map(|(name, ty, _)| (name, ty)).collect();
-    Ok((Done { before: kept.before, after: kept.best, step: kept.best_step }, tensors))
+    times.sort_by(f64::total_cmp);
+    let seconds = times.get(times.len() / 2).copied().unwrap_or(0.0);
+    Ok((Done { before: kept.before, after: kept.best, step: kept.best_step, seconds }, tensors))
 }
 
 /// What carries the steps out.

@@ -2,7 +2,7 @@
 //!
 //! A value is `d · step · (2 s + 1) · sign · magnitude`: `d` the f16 of the block, `s` the four bits of the sub-block, the
 //! magnitudes those of a grid point of four or eight values. Where only seven of eight signs are stored, the number of minus
-//! signs is even. [`pack`] writes what the format's decoder reads; the layouts are those of ggml-common.h.
+//! signs is even. [`Codebook::pack`] writes what the format's decoder reads; the layouts are those of ggml-common.h.
 
 use std::sync::OnceLock;
 
