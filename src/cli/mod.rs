@@ -41,8 +41,8 @@ pub const DEFECT: u8 = 70;
 /// Convert a Hugging Face checkpoint to GGUF in one streaming pass.
 ///
 /// `ostq-convert IN OUT.gguf` reads a folder with config.json, *.safetensors and tokenizer files (or a GGUF file) and
-/// writes a GGUF file that any llama.cpp loads, with the tensor bytes that convert_hf_to_gguf.py and llama-quantize
-/// write. Memory stays small whatever the size of the model.
+/// writes a GGUF file that any llama.cpp loads: as large as llama.cpp's of its type, types and numbers chosen for what they do
+/// to the predictions (--quality), or with --exact the tensor bytes that convert_hf_to_gguf.py and llama-quantize write.
 #[derive(Parser)]
 #[command(name = "ostq-convert", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(after_help = "Exit codes: 0 done, 2 wrong usage, 3 input refused, 4 resource, 5 interrupted, 70 a bug.")]

@@ -17,8 +17,10 @@ use crate::tokenizer::encode::TextEncoder;
 use crate::tuning::run::{self, Done, Job, Settings, Watch};
 use crate::tuning::student::Rounded;
 
-/// One window of so many is held out of tuning, but at most [`HELD_OUT_MOST`].
-const HELD_OUT_EVERY: usize = 12;
+/// The last of so many parts of the text is held out of tuning: windows between those that it learns from would tell little
+/// of other text.
+const HELD_OUT_PART: usize = 12;
+/// Most windows of it that are looked at.
 const HELD_OUT_MOST: usize = 32;
 
 /// Progress, and what the windows that are held out say.
@@ -57,15 +59,14 @@ fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, 
     Ok(all)
 }
 
-/// Splits windows of `length` tokens: most to learn from, some, spread evenly, to decide on.
+/// Splits windows of `length` tokens: most to learn from, some of the last part, spread evenly, to decide on.
 fn split(tokens: &[u32], length: usize) -> (Vec<u32>, Vec<u32>) {
     let count = tokens.len() / length;
-    let every = HELD_OUT_EVERY.max(count.div_ceil(HELD_OUT_MOST));
-    let (mut learn, mut decide) = (Vec::new(), Vec::new());
-    for (w, window) in tokens.chunks_exact(length).enumerate() {
-        if w % every == every / 2 { &mut decide } else { &mut learn }.extend_from_slice(window);
-    }
-    (learn, decide)
+    let last = count.div_ceil(HELD_OUT_PART);
+    let (learn, rest) = tokens.split_at((count - last) * length);
+    let every = last.div_ceil(HELD_OUT_MOST).max(1);
+    let decide = rest.chunks_exact(length).step_by(every).flatten().copied().collect();
+    (learn.to_vec(), decide)
 }
 
 /// Tunes what was rounded; the tuned tensors take the place of the rounded ones.
