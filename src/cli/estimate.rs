@@ -107,8 +107,13 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     let bytes: u64 = given.map(|p| std::fs::metadata(p).map_or(170_000, |m| m.len())).sum();
     let missing = (tokens - bytes as f64 / 4.0).max(0.0);
     let paths = if recipe.one_pass { 1.0 } else { 2.0 };
+    // tuning wants more of it
+    let more = match recipe.tune.filter(|_| own && recipe.tune_text.is_empty()) {
+        Some(steps) => (super::tune::windows_of(recipe, steps) * length) as f64 - bytes as f64 / 4.0,
+        None => 0.0,
+    };
     Ok(Estimate {
-        text: if own { work.text(missing) } else { 0.0 },
+        text: if own { work.text(missing) + if more > missing { work.text(more) } else { 0.0 } } else { 0.0 },
         allocation: if allocates { work.allocation(7.0) } else { 0.0 },
         rounding: work.rounding(tokens, paths),
         tuning: recipe.tune.map_or(0.0, |steps| work.tuning(f64::from(steps), 8.0 * length as f64)),
@@ -161,15 +166,21 @@ pub fn within(
 ) -> Result<(Quality, Option<u32>), Failure> {
     let path = args.input.as_deref().expect("required by the parser");
     let Ok(model) = Model::new(path, &*input.source, &input.metadata) else { return Ok((Quality::Fast, None)) };
-    let spelled = crate::plan::quality::spelled_out(recipe.clone(), Quality::Best);
-    let e = estimate(args, &spelled, &model, spelled.like.is_some())?;
-    let balanced = e.total() - e.tuning;
-    if balanced > budget {
+    let total = |quality: Quality, steps: Option<u32>| {
+        let mut spelled = crate::plan::quality::spelled_out(recipe.clone(), quality);
+        spelled.tune = steps;
+        estimate(args, &spelled, &model, spelled.like.is_some()).map(|e| e.total())
+    };
+    if total(Quality::Balanced, None)? > budget {
         return Ok((Quality::Fast, None));
     }
-    let steps = (spelled.tune.unwrap_or(0) as f64 * (budget - balanced) / e.tuning.max(1e-9)) as u32;
-    // fewer steps than these are not worth their text
-    if steps < 50 { Ok((Quality::Balanced, None)) } else { Ok((Quality::Best, Some(steps.min(2000)))) }
+    // fewer steps than the last are not worth their text
+    for steps in [2000, 1400, 1000, 700, 500, 350, 250, 180, 120, 80, 50] {
+        if total(Quality::Best, Some(steps))? <= budget {
+            return Ok((Quality::Best, Some(steps)));
+        }
+    }
+    Ok((Quality::Balanced, None))
 }
 
 #[cfg(test)]

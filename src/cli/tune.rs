@@ -59,6 +59,16 @@ fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, 
     Ok(all)
 }
 
+/// Whether the model writes some of the text.
+fn own(words: &[std::path::PathBuf]) -> bool {
+    words.iter().any(|w| w.as_os_str() == crate::plan::OWN)
+}
+
+/// Windows of text for so many steps where the model writes: each is seen about four times. Files are taken whole.
+pub fn windows_of(recipe: &Recipe, steps: u32) -> usize {
+    (steps as usize * Settings::new(1, false).batch / 4).max(super::round::windows(recipe))
+}
+
 /// Splits windows of `length` tokens: most to learn from, some of the last part, spread evenly, to decide on.
 fn split(tokens: &[u32], length: usize) -> (Vec<u32>, Vec<u32>) {
     let count = tokens.len() / length;
@@ -88,7 +98,7 @@ pub fn after(
     let request = words::Request {
         words: named,
         length,
-        limit: None,
+        limit: own(named).then(|| windows_of(recipe, steps)),
         threads: args.threads(),
         max_memory: args.max_memory,
         state: &state,
