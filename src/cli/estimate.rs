@@ -101,7 +101,7 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     let length = recipe.ctx.unwrap_or(512) as usize;
     let work = Work::new(model, length, rate(&pool), pool.current_num_threads());
     let tokens = (windows(recipe) * length) as f64;
-    let own = recipe.calibrate.iter().any(|w| w.as_os_str() == OWN);
+    let own = super::tune::own(&recipe.calibrate);
     let given = recipe.calibrate.iter().filter(|w| w.as_os_str() != OWN);
     // four bytes a token, roughly
     let bytes: u64 = given.map(|p| std::fs::metadata(p).map_or(170_000, |m| m.len())).sum();

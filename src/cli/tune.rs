@@ -4,16 +4,14 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::args::ConvertArgs;
-use super::calibrate::{pool, state_of};
+use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
-use super::{Failure, REFUSED, RESOURCE, print, words};
+use super::{Failure, RESOURCE, print, words};
 use crate::calibration::windows;
-use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
 use crate::plan::{Input, Plan, Recipe};
 use crate::rounding::state::RoundedTensors;
-use crate::tokenizer::encode::TextEncoder;
 use crate::tuning::run::{self, Done, Job, Settings, Watch};
 use crate::tuning::student::Rounded;
 
@@ -60,7 +58,7 @@ fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, 
 }
 
 /// Whether the model writes some of the text.
-fn own(words: &[std::path::PathBuf]) -> bool {
+pub fn own(words: &[std::path::PathBuf]) -> bool {
     words.iter().any(|w| w.as_os_str() == crate::plan::OWN)
 }
 
@@ -89,9 +87,6 @@ pub fn after(
 ) -> Result<(), Failure> {
     let Some(steps) = recipe.tune else { return Ok(()) };
     let path = args.input.as_deref().expect("required by the parser");
-    let model = Model::new(path, &*input.source, &input.metadata)?;
-    let encoder = TextEncoder::from_metadata(&input.metadata)
-        .map_err(|e| Failure::new(REFUSED, format!("{}: {e}", path.display())))?;
     let named = if recipe.tune_text.is_empty() { &recipe.calibrate } else { &recipe.tune_text };
     let length = recipe.ctx.unwrap_or(512) as usize;
     let state = state_of(args.out().expect("a conversion has an output"));
@@ -104,7 +99,7 @@ pub fn after(
         state: &state,
         quiet: args.quiet,
     };
-    let (tokens, _) = words::windows(&model, &encoder, &request)?;
+    let Prepared { model, tokens, .. } = Prepared::new((path, input), &request)?;
     let (learn, decide) = split(&tokens, length);
     let rounded = rounded_of(plan, tensors)?;
     let two_bits = plan.tensors.iter().any(|t| t.ty == GgmlType::Q2_K);

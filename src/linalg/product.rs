@@ -36,19 +36,36 @@ pub fn products<'a>(all: impl IntoIterator<Item = Product<'a>>) {
         if m == 0 || n == 0 {
             continue;
         }
-        let (a, b) = (View::new(a, m, k), View::new(b, n, k));
-        let mut rest = ViewMut::new(out, m, n);
-        for (row, rows) in pieces(m, TILE.0) {
-            let (mut band, below) = rest.split_rows(rows);
-            rest = below;
-            for (column, columns) in pieces(n, TILE.1) {
-                let (tile, right) = band.split_columns(columns);
-                band = right;
-                tiles.push((a.part((row, 0), rows, k), b.part((column, 0), columns, k), tile));
-            }
+        add_tiles(&mut tiles, View::new(a, m, k), View::new(b, n, k).transpose(), (m, n, k), out);
+    }
+    run_tiles(tiles);
+}
+
+/// A part of a product, and the parts of its factors that make it.
+type Tile<'a> = (View<'a>, View<'a>, ViewMut<'a>);
+
+/// The tiles of `out = a · b`: `a` is `[m, k]`, `b` is `[k, n]`, rows or columns one behind the other.
+fn add_tiles<'a>(
+    tiles: &mut Vec<Tile<'a>>,
+    a: View<'a>,
+    b: View<'a>,
+    (m, n, k): (usize, usize, usize),
+    out: &'a mut [f32],
+) {
+    let mut rest = ViewMut::new(out, m, n);
+    for (row, rows) in pieces(m, TILE.0) {
+        let (mut band, below) = rest.split_rows(rows);
+        rest = below;
+        for (column, columns) in pieces(n, TILE.1) {
+            let (tile, right) = band.split_columns(columns);
+            band = right;
+            tiles.push((a.part((row, 0), rows, k), b.part((0, column), k, columns), tile));
         }
     }
-    tiles.into_par_iter().with_max_len(1).for_each(|(a, b, tile)| times(tile, a, b.transpose(), 1.0));
+}
+
+fn run_tiles(tiles: Vec<Tile<'_>>) {
+    tiles.into_par_iter().with_max_len(1).for_each(|(a, b, tile)| times(tile, a, b, 1.0));
 }
 
 /// Start and length of pieces of about `most`, all but the last of them multiples of [`HEIGHT`].
@@ -111,19 +128,9 @@ pub fn product_back(a: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
     if m == 0 || n == 0 {
         return;
     }
-    let (a, w) = (View::new(a, m, k), View::new(w, k, n));
     let mut tiles = Vec::new();
-    let mut rest = ViewMut::new(out, m, n);
-    for (row, rows) in pieces(m, TILE.0) {
-        let (mut band, below) = rest.split_rows(rows);
-        rest = below;
-        for (column, columns) in pieces(n, TILE.1) {
-            let (tile, right) = band.split_columns(columns);
-            band = right;
-            tiles.push((a.part((row, 0), rows, k), w.part((0, column), k, columns), tile));
-        }
-    }
-    tiles.into_par_iter().with_max_len(1).for_each(|(a, w, tile)| times(tile, a, w, 1.0));
+    add_tiles(&mut tiles, View::new(a, m, k), View::new(w, k, n), (m, n, k), out);
+    run_tiles(tiles);
 }
 
 #[cfg(test)]
