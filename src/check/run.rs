@@ -29,6 +29,7 @@ pub struct Settings<'a> {
     pub tokens: &'a [i32],
     /// Takes the place of the first token of every window.
     pub bos: Option<u32>,
+    /// A simulated precision is that of the models, not of the reference.
     pub activations: Activations,
     pub memory: Memory,
     /// Where streams go that do not fit in memory.
@@ -151,6 +152,10 @@ pub fn run(
     };
     all.extend(models);
     let first = usize::from(has_reference);
+    let activations = |i: usize| match settings.activations {
+        Activations::Simulated(_) if i < first => Activations::F32,
+        a => a,
+    };
     let mut outcomes = Outcomes { models: vec![Outcome::default(); models.len()], ..Outcomes::default() };
     let mut streams = Vec::new();
     let mut runners = Vec::new();
@@ -161,7 +166,7 @@ pub fn run(
         } else {
             Hidden::Memory(vec![0.0; values])
         };
-        let mut runner = Runner::new(m, w.n_ctx(), settings.activations)?;
+        let mut runner = Runner::new(m, w.n_ctx(), activations(i))?;
         runner.embed(&tokens, &mut stream)?;
         streams.push(stream);
         runners.push(runner);
@@ -183,7 +188,7 @@ pub fn run(
         }
     }
     drop(runners);
-    let heads = all.iter().map(|m| Head::new(m, settings.activations, settings.memory.head));
+    let heads = all.iter().enumerate().map(|(i, m)| Head::new(m, activations(i), settings.memory.head));
     let mut heads = heads.collect::<Result<Vec<_>, _>>()?;
     let mut save = match (settings.save, has_reference) {
         (Some(path), true) => Some(BaseWriter::create(path, w, all[0].vocab, settings.tokens)?),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use sha2::{Digest, Sha256};
 
 use super::args::{ConvertArgs, ResourceArgs};
@@ -40,9 +40,14 @@ pub struct CheckArgs {
     text: Option<PathBuf>,
     #[command(flatten)]
     windows: TextArgs,
-    /// f32: what the weights cost. ggml: rounded as llama.cpp's CPU kernels round, to compare with llama-perplexity.
-    #[arg(long, value_enum, default_value_t = ActivationsArg::F32)]
-    activations: ActivationsArg,
+    /// f32: what the weights cost. ggml: rounded as llama.cpp's CPU kernels round, to compare with llama-perplexity. w4a8,
+    /// w4a4kv4 and the like: integers by row for weights, by token for inputs, by head for keys and values, simulated in the
+    /// models (not in the reference).
+    #[arg(long, value_name = "WHAT", default_value = "f32", value_parser = activations)]
+    activations: Activations,
+    /// With w4a8 and the like: Hadamard rotations of queries and keys and of the input of the down matrix while it runs.
+    #[arg(long)]
+    online_hadamard: bool,
     /// Error of every tensor.
     #[arg(long)]
     per_tensor: bool,
@@ -84,19 +89,24 @@ pub struct CheckArgs {
     quiet: bool,
 }
 
-/// Arithmetic of the products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ActivationsArg {
-    F32,
-    Ggml,
+/// Arithmetic of the products, by its word.
+fn activations(word: &str) -> Result<Activations, String> {
+    match word {
+        "f32" => Ok(Activations::F32),
+        "ggml" => Ok(Activations::Ggml),
+        other => other
+            .parse()
+            .map(Activations::Simulated)
+            .map_err(|e: crate::forward::simulation::NoSimulation| format!("f32, ggml, or a precision: {e}")),
+    }
 }
 
-impl From<ActivationsArg> for Activations {
-    fn from(a: ActivationsArg) -> Activations {
-        match a {
-            ActivationsArg::F32 => Activations::F32,
-            ActivationsArg::Ggml => Activations::Ggml,
-        }
+/// The same, as a report says it.
+fn named(activations: Activations) -> String {
+    match activations {
+        Activations::F32 => "f32".into(),
+        Activations::Ggml => "ggml".into(),
+        Activations::Simulated(s) => s.to_string(),
     }
 }
 
@@ -117,8 +127,15 @@ impl From<crate::check::CheckError> for Failure {
 }
 
 /// Compares.
-pub fn run(args: CheckArgs) -> Result<(), Failure> {
+pub fn run(mut args: CheckArgs) -> Result<(), Failure> {
     super::convert::install_signal_handlers()?;
+    match &mut args.activations {
+        Activations::Simulated(s) => s.online = args.online_hadamard,
+        _ if args.online_hadamard => {
+            return Err(Failure::new(USAGE, "--online-hadamard: only with --activations w4a8 and the like"));
+        }
+        _ => {}
+    }
     let transforms = match args.transform.as_deref() {
         Some(t) => super::transform::of_weights(t, &Opened::new(&args.paths[0])?, args.seed)?,
         None => None,
@@ -202,7 +219,8 @@ pub fn after(args: &ConvertArgs, out: &Path, transforms: Option<Arc<Transforms>>
             paths: vec![source.to_path_buf(), out.to_path_buf()],
             text: Some(text.clone()),
             windows: TextArgs { ctx: recipe.ctx.unwrap_or(512), chunks: args.chunks },
-            activations: ActivationsArg::F32,
+            activations: Activations::F32,
+            online_hadamard: false,
             per_tensor: true,
             imatrix: None,
             hessian: None,
@@ -323,7 +341,7 @@ fn compare(
         windows: text.windows,
         tokens: &text.tokens,
         bos: text.bos,
-        activations: args.activations.into(),
+        activations: args.activations,
         memory,
         scratch: &scratch,
         save: args.save_all_logits.as_deref(),
@@ -376,7 +394,7 @@ fn compare(
             n_chunks: text.windows.n_chunks(),
             positions: text.windows.positions(),
             n_vocab: all[0].vocab,
-            activations: if args.activations == ActivationsArg::F32 { "f32" } else { "ggml" }.into(),
+            activations: named(args.activations),
             notes,
         },
         models: rows,

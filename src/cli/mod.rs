@@ -11,6 +11,7 @@ mod check;
 mod convert;
 mod estimate;
 mod inspect;
+mod learn;
 mod lists;
 mod plan;
 mod print;
@@ -72,6 +73,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Make transforms that leave a model's function as it is, and write them to a file for --transform.
     Transform(transform::TransformArgs),
+    /// Learn transforms for a type, and write them to a file for --transform.
+    Learn(learn::LearnArgs),
     /// Quantization Space Utilization Rate of weights and, over a text, activations.
     Qsur(qsur::QsurArgs),
     /// Show metadata and tensors of a GGUF file, a safetensors file or a checkpoint folder.
@@ -166,6 +169,18 @@ impl From<crate::tuning::TuningError> for Failure {
             T::Interrupted => Failure::new(INTERRUPTED, e),
             T::Io { .. } => Failure::new(RESOURCE, e),
             T::Refused(_) | T::Device(_) => Failure::new(REFUSED, e),
+        }
+    }
+}
+
+impl From<crate::learning::LearningError> for Failure {
+    fn from(e: crate::learning::LearningError) -> Failure {
+        use crate::learning::LearningError as L;
+        match e {
+            L::Forward(e) => e.into(),
+            L::Interrupted => Failure::new(INTERRUPTED, e),
+            L::Io { .. } => Failure::new(RESOURCE, e),
+            L::Refused(_) | L::Rotation(_) => Failure::new(REFUSED, e),
         }
     }
 }
@@ -288,6 +303,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Check(a)) => check::run(a),
         Some(Command::Qsur(a)) => qsur::run(a),
         Some(Command::Transform(a)) => transform::run(a),
+        Some(Command::Learn(a)) => learn::run(a),
         Some(Command::Inspect(a)) => inspect::run(a),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -98,6 +98,9 @@ fn make(
         Some(Preset::QuaRot) => preset::quarot(anatomy, seed),
         Some(Preset::Womi) => pool(text.threads)?.install(|| preset::womi(anatomy, source, seed))?,
         Some(p @ (Preset::SmoothQuant | Preset::Awq)) => scaled(p, path, input, anatomy, text)?,
+        Some(p @ (Preset::SpinQuant | Preset::OstQuant)) => {
+            return Err(Failure::new(USAGE, format!("{} is learned: `ostq-convert learn`", p.name())));
+        }
     })
 }
 
@@ -155,8 +158,9 @@ pub fn apply(
     }
     let transforms = match preset {
         // the shapes are all that a plan needs; scales have none
-        Some(p) if !calibrate && p.calibrates() => return Ok(None),
-        Some(Preset::Womi) if !calibrate => preset::quarot(&anatomy, 0),
+        Some(p) if !calibrate && p.calibrates() && !p.learns() => return Ok(None),
+        Some(Preset::Womi | Preset::SpinQuant | Preset::OstQuant) if !calibrate => preset::quarot(&anatomy, 0),
+        Some(p) if p.learns() => super::learn::within(p, (args, options), (path, input), &anatomy)?,
         _ => {
             let types = match preset {
                 Some(Preset::Awq) => planned(input, options)?,
@@ -186,7 +190,7 @@ pub fn apply(
 }
 
 /// The types of a plan without transforms, by tensor.
-fn planned(input: &Input, options: &Options) -> Result<Vec<(String, GgmlType)>, Failure> {
+pub fn planned(input: &Input, options: &Options) -> Result<Vec<(String, GgmlType)>, Failure> {
     let plan = Plan::new(input, options, Some(&super::plan::supposed(input)), Metadata::new())?;
     Ok(plan.tensors.into_iter().map(|t| (t.name, t.ty)).collect())
 }

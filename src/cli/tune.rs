@@ -22,14 +22,14 @@ const HELD_OUT_PART: usize = 12;
 const HELD_OUT_MOST: usize = 32;
 
 /// Progress, and what the windows that are held out say.
-struct Progress {
-    steps: Steps,
-    quiet: bool,
+pub struct Progress {
+    pub steps: Steps,
+    pub quiet: bool,
 }
 
 impl Watch for Progress {
     fn step(&mut self, step: usize, loss: f64) {
-        self.steps.message(format!("KLD {loss:.5}"));
+        self.steps.message(format!("loss {loss:.5}"));
         self.steps.done(step);
     }
 
@@ -68,7 +68,7 @@ pub fn windows_of(recipe: &Recipe, steps: u32) -> usize {
 }
 
 /// Splits windows of `length` tokens: most to learn from, some of the last part, spread evenly, to decide on.
-fn split(tokens: &[u32], length: usize) -> (Vec<u32>, Vec<u32>) {
+pub fn split(tokens: &[u32], length: usize) -> (Vec<u32>, Vec<u32>) {
     let count = tokens.len() / length;
     let last = count.div_ceil(HELD_OUT_PART);
     let (learn, rest) = tokens.split_at((count - last) * length);
@@ -152,7 +152,7 @@ pub fn after(
     let (done, tuned) = pool.install(|| run::run(&job, &mut progress))?;
     progress.steps.finish();
     if !args.quiet {
-        summary(&done, start.elapsed().as_secs_f64());
+        summary("tuned", &done, start.elapsed().as_secs_f64());
     }
     for (name, ty) in tuned {
         tensors.replace(&state, &run::tuned(&name), &name, ty)?;
@@ -172,9 +172,10 @@ fn key(rounded: &BTreeMap<String, Rounded>, texts: &[&[u32]]) -> String {
     crate::calibration::imatrix::hex(&hash.finalize())
 }
 
-fn summary(done: &Done, seconds: f64) {
+/// What a run brought; `verb`: what it did.
+pub fn summary(verb: &str, done: &Done, seconds: f64) {
     print::stderr(&format!(
-        "tuned in {seconds:.1} s, {:.3} s a step: KLD {:.5} -> {:.5} on windows held out ({:.3} of it), step {}",
+        "{verb} in {seconds:.1} s, {:.3} s a step: KLD {:.5} -> {:.5} on windows held out ({:.3} of it), step {}",
         done.seconds,
         done.before,
         done.after,

@@ -247,6 +247,10 @@ impl Layer {
         if pass.activations == Activations::Ggml {
             s.v.par_chunks_mut(self.v.outputs()).for_each(to_f16);
         }
+        if let Some(simulated) = pass.activations.simulated() {
+            simulated.heads(&mut s.k, spec.head_dim, true);
+            simulated.heads(&mut s.v, spec.head_dim, false);
+        }
     }
 
     /// `x += o(attended)`.

@@ -15,6 +15,7 @@ pub mod rope;
 pub mod rounding;
 pub mod run;
 mod sample;
+pub mod simulation;
 pub mod spec;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ pub mod gemm {
 pub use model::Model;
 pub use rounding::Activations;
 pub use run::{Hidden, Runner};
+pub use simulation::Simulation;
 pub use spec::Spec;
 
 /// Why a model cannot be run.

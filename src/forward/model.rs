@@ -223,7 +223,15 @@ impl<'a> Model<'a> {
             }
             b => b.map(|b| b[from..to].to_vec()),
         };
-        Ok(Linear { name: name.to_string(), weight, inputs, bias, rounding: Rounding::of(t.stored, activations) })
+        let mut rounding = Rounding::of(t.stored, activations);
+        // embedding, head and routers stay as they are
+        if let Some(s) = activations.simulated().filter(|_| name.starts_with("blk.") && !name.contains("ffn_gate_inp"))
+        {
+            let down = name.contains(".ffn_down");
+            s.weights(&mut weight, inputs, down);
+            rounding = Rounding::Simulated(s, down);
+        }
+        Ok(Linear { name: name.to_string(), weight, inputs, bias, rounding })
     }
 
     fn whole(&self, name: &str, activations: Activations) -> Result<Linear, ForwardError> {

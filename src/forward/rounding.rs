@@ -6,6 +6,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::kernels;
+use super::simulation::Simulation;
 use crate::gguf::GgmlType;
 
 /// In which arithmetic products are computed.
@@ -17,6 +18,18 @@ pub enum Activations {
     /// Rounded as llama.cpp's CPU kernels round: 8 bits for quantized weights, the weight's own type for 16-bit ones, and f16
     /// for keys and values (the cache; `ggml_compute_forward_flash_attn_ext_tiled` keeps queries in f32).
     Ggml,
+    /// In f32 with weights, inputs and keys and values rounded to a precision of other runtimes.
+    Simulated(Simulation),
+}
+
+impl Activations {
+    /// The precision that is simulated.
+    pub fn simulated(self) -> Option<Simulation> {
+        match self {
+            Activations::Simulated(s) => Some(s),
+            Activations::F32 | Activations::Ggml => None,
+        }
+    }
 }
 
 /// What a weight's dot product makes of its other side.
@@ -29,13 +42,15 @@ pub enum Rounding {
     Q8_0,
     /// 256 values with one f32 scale.
     Q8K,
+    /// As a simulated precision wants it; of the down matrix or of another.
+    Simulated(Simulation, bool),
 }
 
 impl Rounding {
     /// Of a weight of type `ty`.
     pub fn of(ty: GgmlType, activations: Activations) -> Rounding {
         use GgmlType::*;
-        if activations == Activations::F32 {
+        if activations != Activations::Ggml {
             return Rounding::None;
         }
         match ty {
@@ -61,6 +76,7 @@ impl Rounding {
             Rounding::Q8K => {
                 x.par_chunks_mut(chunk).for_each(|x| x.chunks_mut(256).for_each(q8_k));
             }
+            Rounding::Simulated(s, down) => s.inputs(x, columns, down),
         }
     }
 }

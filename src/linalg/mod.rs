@@ -10,7 +10,9 @@
 //! error.
 
 mod factor;
+pub mod hadamard;
 mod product;
+pub mod random;
 mod sums;
 mod symmetric;
 mod view;

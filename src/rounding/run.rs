@@ -252,7 +252,7 @@ impl Work<'_> {
     ) -> Result<Site, RoundingError> {
         let (n, length) = (self.job.model.spec.embed, self.job.length);
         let windows = self.job.tokens.len() / length;
-        let mut site = Site::new(columns, rounded.is_some())?;
+        let mut site = Site::new(columns, rounded.is_some(), self.job.tokens.len())?;
         let mut buffer = Vec::new();
         for (at, tokens) in self.batches() {
             interrupted()?;
@@ -329,7 +329,7 @@ impl Work<'_> {
         let (n, length) = (job.model.spec.embed, job.length);
         let windows = job.tokens.len() / length;
         let head = Head::new(job.model, Activations::F32, 0)?;
-        let mut site = Site::new(n, stream.rounded.is_some())?;
+        let mut site = Site::new(n, stream.rounded.is_some(), job.tokens.len())?;
         let (mut x, mut r) = (vec![0f32; length * n], vec![0f32; length * n]);
         for w in 0..windows {
             interrupted()?;

@@ -15,6 +15,11 @@ const HELD_OUT_MOST: usize = 4096;
 const CHOICE_ROWS: usize = 256;
 /// Tokens that are summed in one go: a fixed number, so that the sums do not depend on how many windows are in memory.
 const RUN: usize = 1024;
+/// Tokens that are enough for each column: where there are more, every second token or so is summed. Neighbours are alike, and
+/// the sums of an input with many columns cost more than what makes it.
+const ENOUGH: usize = 40;
+/// One token of so many is summed at least.
+const EVERY_MOST: usize = 4;
 /// Outputs whose errors are in memory at a time.
 const OUTPUTS: usize = 2048;
 
@@ -38,8 +43,12 @@ pub struct Site {
     second: Vec<f64>,
     /// Σ (x − x̂) x̂ᵀ; none in one pass.
     cross: Option<Vec<f32>>,
-    /// Tokens that are asked for, summed or in the run.
+    /// Tokens that are summed or in the run.
     count: u64,
+    /// One token of so many is summed.
+    every: usize,
+    /// Tokens until the next that is.
+    skip: usize,
     /// `x̂` of tokens that are not summed yet, and `x − x̂`; [`RUN`] rows.
     run: [Vec<f32>; 2],
     /// Rows of it that are filled.
@@ -51,14 +60,16 @@ pub struct Site {
 }
 
 impl Site {
-    /// `n` inputs; `two_paths`: of the float and of the rounded model.
-    pub fn new(n: usize, two_paths: bool) -> Result<Site, MomentsError> {
+    /// `n` inputs; `two_paths`: of the float and of the rounded model; about `tokens` tokens will come.
+    pub fn new(n: usize, two_paths: bool, tokens: usize) -> Result<Site, MomentsError> {
         let packed = linalg::packed_len(n).ok_or(MomentsError::Memory { columns: n })?;
         Ok(Site {
             n,
             second: vec![0.0; packed],
             cross: two_paths.then(|| vec![0f32; n * n]),
             count: 0,
+            every: (tokens / (ENOUGH * n)).clamp(1, EVERY_MOST),
+            skip: 0,
             run: [vec![0.0; RUN * n], vec![0.0; if two_paths { RUN * n } else { 0 }]],
             filled: 0,
             float: Vec::new(),
@@ -78,24 +89,33 @@ impl Site {
             self.rounded.extend_from_slice(rounded.unwrap_or_default());
             return Ok(());
         }
+        let (every, tokens) = (self.every, x.len() / n);
+        let first = self.skip.min(tokens);
+        (x, rounded) = (&x[first * n..], rounded.map(|r| &r[first * n..]));
+        let summed = (tokens - first).div_ceil(every);
+        self.skip = self.skip + summed * every - tokens;
         while !x.is_empty() {
-            let rows = (x.len() / n).min(RUN - self.filled);
+            let rows = (x.len() / n).div_ceil(every).min(RUN - self.filled);
             let [run, difference] = &mut self.run;
             let place = self.filled * n..(self.filled + rows) * n;
-            let (now, later) = x.split_at(rows * n);
+            // a task: so many rows, and what lies between them
+            let (into, from) = (16 * n, 16 * n * every);
+            let (now, later) = x.split_at((rows * every * n).min(x.len()));
             x = later;
             match &mut rounded {
-                None => run[place]
-                    .par_chunks_mut(16 * n)
-                    .zip(now.par_chunks(16 * n))
-                    .for_each(|(o, x)| o.copy_from_slice(x)),
+                None => run[place].par_chunks_mut(into).zip(now.par_chunks(from)).for_each(|(o, x)| {
+                    o.chunks_exact_mut(n).zip(x.chunks(n * every)).for_each(|(o, x)| o.copy_from_slice(&x[..n]));
+                }),
                 Some(r) => {
-                    let (r, later) = r.split_at(rows * n);
+                    let (r, later) = r.split_at(now.len());
                     rounded = Some(later);
-                    let into = run[place.clone()].par_chunks_mut(16 * n).zip(difference[place].par_chunks_mut(16 * n));
-                    into.zip(now.par_chunks(16 * n).zip(r.par_chunks(16 * n))).for_each(|((o, d), (x, r))| {
-                        o.copy_from_slice(r);
-                        d.iter_mut().zip(x.iter().zip(r)).for_each(|(d, (x, r))| *d = x - r);
+                    let tasks = run[place.clone()].par_chunks_mut(into).zip(difference[place].par_chunks_mut(into));
+                    tasks.zip(now.par_chunks(from).zip(r.par_chunks(from))).for_each(|((o, d), (x, r))| {
+                        let rows = x.chunks(n * every).zip(r.chunks(n * every));
+                        for ((o, d), (x, r)) in o.chunks_exact_mut(n).zip(d.chunks_exact_mut(n)).zip(rows) {
+                            o.copy_from_slice(&r[..n]);
+                            d.iter_mut().zip(x.iter().zip(r)).for_each(|(d, (x, r))| *d = x - r);
+                        }
                     });
                 }
             }

@@ -8,14 +8,12 @@
 
 pub mod anatomy;
 pub mod file;
-pub mod hadamard;
 pub mod import;
 mod ops;
 pub mod preset;
 mod product;
 pub mod qsur;
 pub mod qsur_report;
-pub mod random;
 pub mod scales;
 pub mod set;
 pub mod source;

@@ -1,13 +1,13 @@
 //! Transforms in closed form, by name, so that the field can be compared in one program.
 //!
 //! `quarot` and `womi` are made from shapes and weights, `smoothquant` and `awq` ([`super::scales`]) from a calibration too.
-//! Learned ones (`spinquant`, `ostquant`) and the choice among all (`auto`) belong in [`Preset`] as well.
+//! `spinquant` and `ostquant` are learned ([`crate::learning`]) from what `quarot` and `womi` begin with.
 
 use super::TransformError;
 use super::anatomy::{Anatomy, Pair};
-use super::hadamard;
-use super::random::Random;
 use super::set::Transforms;
+use crate::linalg::hadamard;
+use crate::linalg::random::Random;
 use crate::linalg::{self, Par};
 use crate::source::TensorSource;
 
@@ -24,16 +24,22 @@ pub enum Preset {
     QuaRot,
     /// Eigenbasis of the weights that read the stream, then a random Hadamard (OSTQuant, arXiv 2501.13987, section 4.3).
     Womi,
+    /// Rotations of the stream and of values, learned (Liu et al., arXiv 2405.16406).
+    SpinQuant,
+    /// Rotations and scales, learned (arXiv 2501.13987).
+    OstQuant,
 }
 
 impl Preset {
     /// Names, in the order in which they are explained.
-    pub const ALL: [(&'static str, Preset); 5] = [
+    pub const ALL: [(&'static str, Preset); 7] = [
         ("none", Preset::None),
         ("smoothquant", Preset::SmoothQuant),
         ("awq", Preset::Awq),
         ("quarot", Preset::QuaRot),
         ("womi", Preset::Womi),
+        ("spinquant", Preset::SpinQuant),
+        ("ostquant", Preset::OstQuant),
     ];
 
     /// By name.
@@ -48,7 +54,12 @@ impl Preset {
 
     /// True if activations over a text are needed.
     pub fn calibrates(self) -> bool {
-        matches!(self, Preset::SmoothQuant | Preset::Awq)
+        matches!(self, Preset::SmoothQuant | Preset::Awq | Preset::SpinQuant | Preset::OstQuant)
+    }
+
+    /// True if it is learned, step by step.
+    pub fn learns(self) -> bool {
+        matches!(self, Preset::SpinQuant | Preset::OstQuant)
     }
 }
 
@@ -58,7 +69,8 @@ pub fn left_out(preset: Preset, model: &Anatomy) -> Vec<String> {
         Preset::None => &[],
         Preset::SmoothQuant => &[Pair::Attention, Pair::FeedForward],
         Preset::Awq => &[Pair::Attention, Pair::FeedForward, Pair::ValueScales, Pair::UpDown],
-        Preset::QuaRot | Preset::Womi => &[Pair::Stream, Pair::Values],
+        Preset::QuaRot | Preset::Womi | Preset::SpinQuant => &[Pair::Stream, Pair::Values],
+        Preset::OstQuant => &Pair::ALL,
     };
     let say = |p: &Pair| Some(format!("{}: `{}` left out: {}", preset.name(), p.name(), model.refusal(*p)?));
     pairs.iter().filter_map(say).collect()

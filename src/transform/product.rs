@@ -61,7 +61,7 @@ vectorized! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transform::random::Random;
+    use crate::linalg::random::Random;
 
     #[test]
     fn sums_in_order_whatever_the_shape() {

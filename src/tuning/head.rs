@@ -1,6 +1,8 @@
-//! The loss: Kullback-Leibler divergence of the rounded model's predictions from the float model's, and its gradient.
+//! The loss: Kullback-Leibler divergence of the rounded model's predictions from the float model's, and its gradient. Where
+//! transforms are learned, other losses too.
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::blocks::{Adam, Parameters};
 use crate::forward::backward::kernels::{rms_norm_back, soft_cap_back};
@@ -14,11 +16,47 @@ const ROWS: usize = 512;
 /// What the float model's head may take as f32; where it takes more, it is read part by part.
 const BYTES: u64 = 1 << 30;
 
+/// What is minimised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Loss {
+    /// Σ p (log p − log q) over the vocabulary, p the float model's.
+    #[default]
+    Kl,
+    /// The same sum over the k words that the float model finds most likely; neither side is normalised anew (KL-Top,
+    /// OSTQuant, arXiv 2501.13987, section 4.2, as its code computes it).
+    KlTop(usize),
+    /// −log q of the word that follows; the last position of a window has none.
+    CrossEntropy,
+}
+
 /// The final norm of the rounded model and the float model's head.
 pub struct LossHead<'a> {
     model: &'a Model<'a>,
     teacher: Head<'a>,
     pub norm: Parameters,
+}
+
+/// What a step's loss is taken of.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    pub loss: Loss,
+    /// The float model's last stream \[tokens, embed\].
+    pub last: &'a [f32],
+    /// The tokens, in windows of `length`; only for [`Loss::CrossEntropy`].
+    pub tokens: &'a [u32],
+    pub length: usize,
+}
+
+impl<'a> Target<'a> {
+    /// The divergence from the model whose last stream is `last`.
+    pub fn divergence(last: &'a [f32]) -> Target<'a> {
+        Target { loss: Loss::Kl, last, tokens: &[], length: 1 }
+    }
+
+    /// The word that follows position `i`.
+    fn next(&self, i: usize) -> Option<usize> {
+        ((i + 1) % self.length > 0).then(|| self.tokens.get(i + 1).map(|t| *t as usize)).flatten()
+    }
 }
 
 /// Buffers.
@@ -44,17 +82,17 @@ impl<'a> LossHead<'a> {
         let mut sum = 0.0;
         for (x, last) in x.chunks(n).zip(last.chunks(n)) {
             self.predictions(x, last, weight, &mut s)?;
-            sum += self.divergences(&mut s, 0.0);
+            sum += self.losses(&mut s, 0, &Target::divergence(last), 0.0);
         }
         Ok(sum)
     }
 
-    /// The mean KL; its gradient at `x` in `d`, at the head's weight added to `d_weight` (where it is wanted), at the norm
+    /// The mean loss; its gradient at `x` in `d`, at the head's weight added to `d_weight` (where it is wanted), at the norm
     /// as a step of it.
     pub fn back(
         &mut self,
         x: &[f32],
-        last: &[f32],
+        target: &Target<'_>,
         weight: &[f32],
         d: &mut [f32],
         mut d_weight: Option<&mut [f32]>,
@@ -66,9 +104,9 @@ impl<'a> LossHead<'a> {
         let mut s = Scratch::default();
         let mut sum = 0.0;
         let mut d_norm = vec![0f32; embed];
-        for ((x, last), d) in x.chunks(n).zip(last.chunks(n)).zip(d.chunks_mut(n)) {
+        for (i, ((x, last), d)) in x.chunks(n).zip(target.last.chunks(n)).zip(d.chunks_mut(n)).enumerate() {
             self.predictions(x, last, weight, &mut s)?;
-            sum += self.divergences(&mut s, 1.0 / count as f32);
+            sum += self.losses(&mut s, i * ROWS, target, 1.0 / count as f32);
             s.d_normed.resize(x.len(), 0.0);
             product_back(&s.logits, weight, vocab, &mut s.d_normed);
             if let Some(d_weight) = &mut d_weight {
@@ -112,18 +150,23 @@ impl<'a> LossHead<'a> {
         Ok(())
     }
 
-    /// The sum of the divergences; logits become the gradients of `weight` times it at the outputs of the head's product.
-    fn divergences(&self, s: &mut Scratch, weight: f32) -> f64 {
+    /// The sum of the losses of the rows, the first of them position `first`; logits become the gradients of `weight` times it
+    /// at the outputs of the head's product.
+    fn losses(&self, s: &mut Scratch, first: usize, target: &Target<'_>, weight: f32) -> f64 {
         let spec = &self.model.spec;
         let vocab = self.model.vocab;
-        let rows = s.logits.par_chunks_mut(vocab).zip(s.wanted.par_chunks_mut(vocab));
+        let rows = s.logits.par_chunks_mut(vocab).zip(s.wanted.par_chunks_mut(vocab)).enumerate();
         let sums: Vec<f64> = rows
-            .map_init(Vec::new, |capped, (row, wanted)| {
+            .map_init(Vec::new, |capped, (i, (row, wanted))| {
                 if spec.final_soft_cap.is_some() {
                     capped.clear();
                     capped.extend_from_slice(row);
                 }
-                let divergence = divergence(row, wanted);
+                let loss = match target.loss {
+                    Loss::Kl => divergence(row, wanted),
+                    Loss::KlTop(k) => top_divergence(row, wanted, k),
+                    Loss::CrossEntropy => surprise(row, wanted, target.next(first + i)),
+                };
                 if weight != 0.0 {
                     row.iter_mut().zip(&*wanted).for_each(|(q, p)| *q = (*q - p) * weight);
                     if let Some(cap) = spec.final_soft_cap {
@@ -133,11 +176,47 @@ impl<'a> LossHead<'a> {
                         kernels::scale(row, spec.logit_scale);
                     }
                 }
-                divergence
+                loss
             })
             .collect();
         sums.iter().sum()
     }
+}
+
+/// Σ p (log p - log q) over the `k` largest p of the softmaxes of two rows of logits. The rows become what the gradient is the
+/// difference of: q times the mass of these p, and these p.
+fn top_divergence(student: &mut [f32], teacher: &mut [f32], k: usize) -> f64 {
+    let (lse_q, lse_p) = (log_sum_exp(student), log_sum_exp(teacher));
+    let mut order = teacher.to_vec();
+    let least = match k {
+        0 => f32::INFINITY,
+        k if k >= order.len() => f32::NEG_INFINITY,
+        k => *order.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1,
+    };
+    let (mut mass, mut loss) = (0.0, 0.0);
+    for (t, s) in teacher.iter().zip(&*student).filter(|(t, _)| **t >= least) {
+        let p = (f64::from(*t) - lse_p).exp();
+        mass += p;
+        loss += p * (f64::from(*t) - lse_p - f64::from(*s) + lse_q);
+    }
+    for (s, t) in student.iter_mut().zip(teacher) {
+        *t = if *t >= least { (f64::from(*t) - lse_p).exp() as f32 } else { 0.0 };
+        *s = (mass * (f64::from(*s) - lse_q).exp()) as f32;
+    }
+    loss
+}
+
+/// -log q of `label`; the rows become q and what it should be, all of both 0 where there is no label.
+fn surprise(student: &mut [f32], wanted: &mut [f32], label: Option<usize>) -> f64 {
+    wanted.fill(0.0);
+    let Some(label) = label else {
+        student.fill(0.0);
+        return 0.0;
+    };
+    let loss = log_sum_exp(student) - f64::from(student[label]);
+    kernels::softmax(student);
+    wanted[label] = 1.0;
+    loss
 }
 
 /// Σ p (log p - log q) of the softmaxes of two rows of logits, which both rows become.
@@ -229,5 +308,39 @@ mod tests {
         assert!(student.iter().zip(&q).all(|(s, q)| (f64::from(*s) - q).abs() < 1e-6));
         let mut same = b.clone();
         assert!(divergence(&mut same, &mut b.clone()).abs() < 1e-6);
+    }
+
+    /// Gradients of the other losses are their finite differences.
+    #[test]
+    fn gradients_of_every_loss_are_finite_differences() {
+        let a: Vec<f32> = (0..37).map(|i| ((i * 7919) % 101) as f32 / 20.0).collect();
+        let b: Vec<f32> = (0..37).map(|i| ((i * 104_729) % 97) as f32 / 25.0).collect();
+        let top = |a: &[f32]| top_divergence(&mut a.to_vec(), &mut b.clone(), 9);
+        let label = |a: &[f32]| surprise(&mut a.to_vec(), &mut b.clone(), Some(5));
+        let losses: [(&dyn Fn(&[f32]) -> f64, bool); 2] = [(&top, true), (&label, false)];
+        for (loss, is_top) in losses {
+            let (mut q, mut p) = (a.clone(), b.clone());
+            if is_top {
+                top_divergence(&mut q, &mut p, 9);
+            } else {
+                surprise(&mut q, &mut p, Some(5));
+            }
+            for i in 0..37 {
+                let moved = |by: f32| {
+                    let mut x = a.clone();
+                    x[i] += by;
+                    loss(&x)
+                };
+                let h = 1.0 / 128.0;
+                let slope = (moved(h) - moved(-h)) / f64::from(2.0 * h);
+                assert!((slope - f64::from(q[i] - p[i])).abs() < 1e-4, "{i}: {slope} {}", q[i] - p[i]);
+            }
+        }
+        // all words: the divergence itself
+        let all = top_divergence(&mut a.clone(), &mut b.clone(), 37);
+        assert!((all - divergence(&mut a.clone(), &mut b.clone())).abs() < 1e-5);
+        assert_eq!(surprise(&mut a.clone(), &mut b.clone(), None), 0.0);
+        let target = Target { loss: Loss::CrossEntropy, last: &[], tokens: &[1, 2, 3, 4], length: 2 };
+        assert_eq!([0, 1, 2, 3].map(|i| target.next(i)), [Some(2), None, Some(4), None]);
     }
 }

@@ -1,8 +1,6 @@
 //! A tuning run: batches in a seeded order, rates that fall linearly, windows that decide which step is kept.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,6 +12,7 @@ use super::engine::{Engine, Processor};
 use super::student::{Rounded, Student};
 use crate::forward::{Model, interrupted};
 use crate::gguf::GgmlType;
+use crate::resume;
 use crate::rounding::state;
 
 /// How to tune.
@@ -203,7 +202,7 @@ fn engine<'a>(job: &Job<'a>, student: Student<'a>) -> Result<Box<dyn Engine<'a> 
 }
 
 /// Window number `i` of an endless run through `windows` of them, in a new order each time.
-fn window(i: usize, windows: usize, seed: u64) -> usize {
+pub(crate) fn window(i: usize, windows: usize, seed: u64) -> usize {
     let (epoch, at) = ((i / windows) as u64, i % windows);
     let mut order: Vec<u32> = (0..windows as u32).collect();
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (epoch + 1).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -228,43 +227,16 @@ fn write_best(job: &Job<'_>, tensors: &mut Vec<Tensor>) -> Result<(), TuningErro
 
 fn save(job: &Job<'_>, kept: &Kept, student: &mut Student<'_>) -> Result<(), TuningError> {
     let path = state_path(job.state);
-    let new = path.with_extension("new");
-    let mut write = || {
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(&new)?);
-        let head = serde_json::to_vec(kept).expect("plain data");
-        out.write_all(&(head.len() as u64).to_le_bytes())?;
-        out.write_all(&head)?;
-        for values in student.state() {
-            out.write_all(bytemuck::cast_slice(values))?;
-        }
-        out.into_inner()?.sync_data()?;
-        std::fs::rename(&new, &path)
-    };
-    write().map_err(|source| TuningError::Io { file: path.clone(), source })
+    resume::save(&path, kept, student.state()).map_err(|source| TuningError::Io { file: path, source })
 }
 
 /// Takes up what is there, if it belongs to this run.
 fn load(job: &Job<'_>, kept: &mut Kept, student: &mut Student<'_>) -> Result<bool, TuningError> {
     let path = state_path(job.state);
-    let Ok(file) = File::open(&path) else { return Ok(false) };
-    let length = file.metadata().map_or(0, |m| m.len());
-    let mut file = BufReader::with_capacity(1 << 20, file);
-    let mut size = [0u8; 8];
-    if file.read_exact(&mut size).is_err() || u64::from_le_bytes(size) > length.min(1 << 20) {
-        return Ok(false);
-    }
-    let mut head = vec![0; u64::from_le_bytes(size) as usize];
-    let found: Option<Kept> = file.read_exact(&mut head).ok().and_then(|()| serde_json::from_slice(&head).ok());
+    let own =
+        |found: &Kept| (&found.version, &found.key, &found.settings) == (&kept.version, &kept.key, &kept.settings);
+    let found = resume::load(&path, student.state(), own).map_err(|source| TuningError::Io { file: path, source })?;
     let Some(found) = found else { return Ok(false) };
-    let same = (&found.version, &found.key, &found.settings) == (&kept.version, &kept.key, &kept.settings);
-    let values: usize = student.state().iter().map(|v| v.len()).sum();
-    if !same || length != (8 + head.len() + values * 4) as u64 {
-        return Ok(false);
-    }
-    for values in student.state() {
-        let read = file.read_exact(bytemuck::cast_slice_mut(values));
-        read.map_err(|source| TuningError::Io { file: path.clone(), source })?;
-    }
     student.refresh();
     *kept = found;
     Ok(true)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::TuningError;
 use super::blocks::{Adam, Blocks, Parameters};
-use super::head::{LossHead, add_norm_gradient};
+use super::head::{LossHead, Target, add_norm_gradient};
 use crate::forward::backward::layer::{Kept, LayerBack, Norm, Scratch, Sink, Slot};
 use crate::forward::layer::{Linear, Pass};
 use crate::forward::{Activations, ForwardError, Model, kernels};
@@ -214,7 +214,7 @@ impl<'a> Student<'a> {
             None => (&self.embedding.weight, &mut self.embedding.gradient),
         };
         let gradient = Some(&mut gradient[..]).filter(|g| !g.is_empty());
-        let loss = self.head.back(&x, last, weight, &mut d, gradient, adam)?;
+        let loss = self.head.back(&x, &Target::divergence(last), weight, &mut d, gradient, adam)?;
         if let Some(output) = &mut self.output {
             output.step(adam);
         }

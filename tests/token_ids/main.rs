@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::program::fixture;
-use common::{digest, peer, shared, write_vocab};
+use common::{converter, digest, peer, shared, write_vocab};
 use llama_tokenize::{LlamaTokenize, assert_same};
 use ostq_convert::gguf::{self, Array, Metadata, Value, value};
 use ostq_convert::plan::{Input, Options, Recipe};
@@ -128,7 +128,7 @@ fn metadata_of(folder: &Path) -> Option<Metadata> {
     if let Ok(metadata) = folder_metadata(folder) {
         return Some(metadata);
     }
-    let converter = peer("convert-peer")?;
+    let converter = converter()?;
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("vocab.gguf");
     let run = Command::new(converter).arg(folder).args(["--vocab-only", "--outfile"]).arg(&out).output().unwrap();

@@ -1,7 +1,8 @@
 //! Backward of one dense decoder layer for a batch of windows.
 //!
 //! The forward pass is that of [`Layer::run`] (f32, no rounding of activations) and leaves what the backward pass needs in a
-//! [`Kept`]. The stream passes each branch by: its gradient is that of the output plus what comes
+//! [`Kept`]. A simulated precision ([`crate::forward::Simulation`]) rounds inputs, keys and values; gradients pass that as
+//! if it were not there (straight-through). The stream passes each branch by: its gradient is that of the output plus what comes
 //! back through the norm before the branch.
 
 use rayon::prelude::*;
@@ -194,7 +195,7 @@ impl LayerBack {
     /// The layer's output, from what [`LayerBack::forward`] left.
     pub fn output(&self, pass: &Pass<'_>, k: &Kept, s: &mut Scratch, out: &mut Vec<f32>) {
         let spec = &pass.model.spec;
-        self.hidden(spec, k, s);
+        self.hidden(pass, k, s);
         forward([(&self.down, &mut s.d_branch)], &s.hidden);
         out.clear();
         out.extend_from_slice(&k.middle);
@@ -218,13 +219,21 @@ impl LayerBack {
     /// Up to the stream after attention, `k.middle`.
     fn attention(&self, pass: &Pass<'_>, x: &[f32], k: &mut Kept, s: &mut Scratch) {
         let spec = &pass.model.spec;
-        let input = normed(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
+        let input = input_of(pass, x, &self.attn_norm, &mut s.normed);
         forward([(&self.q, &mut k.q), (&self.k, &mut k.k), (&self.v, &mut k.v)], input);
         let rope = self.rope(pass);
         finish(spec, &mut k.q, &mut k.raw_q, &self.q_norm, (self.q.outputs(), pass.length), rope);
         finish(spec, &mut k.k, &mut k.raw_k, &self.k_norm, (self.k.outputs(), pass.length), rope);
+        let simulated = pass.activations.simulated();
+        if let Some(s) = simulated {
+            s.heads(&mut k.k, spec.head_dim, true);
+            s.heads(&mut k.v, spec.head_dim, false);
+        }
         k.attended.resize(k.q.len(), 0.0);
         attend(spec, &k.q, &k.k, &k.v, pass.length, spec.window_of(self.index), &mut k.attended);
+        if let Some(s) = simulated {
+            s.inputs(&mut k.attended, self.o.inputs, false);
+        }
         forward([(&self.o, &mut s.d_branch)], &k.attended);
         k.middle.clear();
         k.middle.extend_from_slice(x);
@@ -236,15 +245,18 @@ impl LayerBack {
 
     /// Gate and up, before the activation.
     fn feed_forward(&self, pass: &Pass<'_>, k: &mut Kept, s: &mut Scratch) {
-        let input = normed(&k.middle, &self.ffn_norm, pass.model.spec.rms_eps, &mut s.normed);
+        let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
         forward([(&self.gate, &mut k.gate), (&self.up, &mut k.up)], input);
     }
 
     /// The input of down, `s.hidden`.
-    fn hidden(&self, spec: &Spec, k: &Kept, s: &mut Scratch) {
+    fn hidden(&self, pass: &Pass<'_>, k: &Kept, s: &mut Scratch) {
         s.hidden.clear();
         s.hidden.extend_from_slice(&k.gate);
-        activate(spec.activation, &mut s.hidden, &k.up);
+        activate(pass.model.spec.activation, &mut s.hidden, &k.up);
+        if let Some(simulated) = pass.activations.simulated() {
+            simulated.inputs(&mut s.hidden, self.down.inputs, true);
+        }
     }
 
     fn feed_forward_back(
@@ -256,7 +268,7 @@ impl LayerBack {
         sink: &mut dyn Sink,
     ) {
         let spec = &pass.model.spec;
-        self.hidden(spec, k, s);
+        self.hidden(pass, k, s);
         if let Some(w) = &mut self.ffn_post_norm {
             forward([(&self.down, &mut s.part)], &s.hidden);
             let scaled = scaled(d, spec.residual_scale, &mut s.d_input);
@@ -271,7 +283,7 @@ impl LayerBack {
         back(&self.gate, &k.gate, &mut s.d_input);
         back(&self.up, &k.up, &mut s.part);
         add_all(&mut s.d_input, &s.part);
-        let input = normed(&k.middle, &self.ffn_norm, spec.rms_eps, &mut s.normed);
+        let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
         sink.linear(Slot::Gate, &mut self.gate, input, &k.gate);
         sink.linear(Slot::Up, &mut self.up, input, &k.up);
         through_norm(&k.middle, &self.ffn_norm, spec.rms_eps, &s.d_input, &mut s.part, d);
@@ -324,7 +336,7 @@ impl LayerBack {
         add_all(&mut s.d_input, &s.part);
         back(&self.v, &s.d_v, &mut s.part);
         add_all(&mut s.d_input, &s.part);
-        let input = normed(x, &self.attn_norm, spec.rms_eps, &mut s.normed);
+        let input = input_of(pass, x, &self.attn_norm, &mut s.normed);
         sink.linear(Slot::Q, &mut self.q, input, &s.d_q);
         sink.linear(Slot::K, &mut self.k, input, &s.d_k);
         sink.linear(Slot::V, &mut self.v, input, &s.d_v);
@@ -367,6 +379,21 @@ fn add_branch(spec: &Spec, x: &mut [f32], branch: &[f32], norm: &Option<Vec<f32>
     let n = spec.embed * 16;
     let pieces = x.par_chunks_mut(n).zip(added.par_chunks(n));
     pieces.for_each(|(x, b)| kernels::add_scaled(x, b, spec.residual_scale));
+}
+
+/// The input of a branch: normed, and rounded where a precision is simulated.
+fn input_of<'a>(pass: &Pass<'_>, x: &'a [f32], norm: &Option<Vec<f32>>, out: &'a mut Vec<f32>) -> &'a [f32] {
+    let spec = &pass.model.spec;
+    let Some(simulated) = pass.activations.simulated() else { return normed(x, norm, spec.rms_eps, out) };
+    match norm {
+        Some(w) => rms_norm_rows(x, w, spec.rms_eps, out),
+        None => {
+            out.clear();
+            out.extend_from_slice(x);
+        }
+    }
+    simulated.inputs(out, spec.embed, false);
+    out
 }
 
 /// Rows normed, or as they are where there is no norm.

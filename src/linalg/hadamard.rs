@@ -152,6 +152,62 @@ pub fn rotation(n: usize, random: &mut Random) -> Vec<f64> {
     r
 }
 
+/// The rotation `H / √n` without its matrix: n log n operations for the power of two, n m for the base of order m.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fast {
+    n: usize,
+    /// The base \[m, m\] and its order.
+    base: Vec<f32>,
+    m: usize,
+}
+
+impl Fast {
+    /// Of order `n`, or of blocks of [`order`] along the diagonal where `n` has no matrix.
+    pub fn new(n: usize) -> Fast {
+        let n = order(n);
+        let (m, base) = split(n).expect("an order with a matrix");
+        let scale = 1.0 / (n as f32).sqrt();
+        Fast { n, base: base.iter().map(|v| f32::from(*v) * scale).collect(), m }
+    }
+
+    /// `x ← x H` for every run of [`order`] values of `x`.
+    pub fn apply(&self, x: &mut [f32]) {
+        x.chunks_exact_mut(self.n).for_each(|x| self.one(x, false));
+    }
+
+    /// `x ← x Hᵀ`.
+    pub fn undo(&self, x: &mut [f32]) {
+        x.chunks_exact_mut(self.n).for_each(|x| self.one(x, true));
+    }
+
+    fn one(&self, x: &mut [f32], back: bool) {
+        let (n, m) = (self.n, self.m);
+        let mut half = m;
+        while half < n {
+            for pair in x.chunks_exact_mut(2 * half) {
+                let (a, b) = pair.split_at_mut(half);
+                a.iter_mut().zip(b).for_each(|(a, b)| (*a, *b) = (*a + *b, *a - *b));
+            }
+            half *= 2;
+        }
+        if m == 1 {
+            return x.iter_mut().for_each(|v| *v *= self.base[0]);
+        }
+        let mut out = vec![0f32; m];
+        for x in x.chunks_exact_mut(m) {
+            out.fill(0.0);
+            for (i, v) in x.iter().enumerate() {
+                if back {
+                    out.iter_mut().enumerate().for_each(|(j, o)| *o += v * self.base[j * m + i]);
+                } else {
+                    out.iter_mut().zip(&self.base[i * m..][..m]).for_each(|(o, h)| *o += v * h);
+                }
+            }
+            x.copy_from_slice(&out);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +226,25 @@ mod tests {
     fn rows_are_orthogonal() {
         for n in [1, 2, 4, 12, 20, 28, 36, 40, 44, 52, 60, 92, 108, 140, 156, 172, 576, 64] {
             check(n);
+        }
+    }
+
+    #[test]
+    fn the_fast_rotation_is_that_of_the_matrix() {
+        for n in [1, 2, 64, 12, 40, 1280, 96, 6] {
+            let (fast, b) = (Fast::new(n), order(n));
+            let h = hadamard(b).unwrap();
+            let x: Vec<f32> = (0..n).map(|i| (i * i % 17) as f32 - 7.5).collect();
+            let mut y = x.clone();
+            fast.apply(&mut y);
+            for (j, y) in y.iter().enumerate() {
+                let first = j / b * b;
+                let terms = (0..b).map(|i| f64::from(x[first + i]) * f64::from(h[i * b + j % b]));
+                let want = terms.sum::<f64>() / (b as f64).sqrt();
+                assert!((f64::from(*y) - want).abs() < 1e-4, "{n}: {y} {want}");
+            }
+            fast.undo(&mut y);
+            assert!(x.iter().zip(&y).all(|(x, y)| (x - y).abs() < 1e-5), "{n}");
         }
     }
 

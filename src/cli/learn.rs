@@ -1,0 +1,319 @@
+//! `ostq-convert learn IN -o FILE --for TYPE`, and learning on the way to a conversion.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+
+use super::args::{ConvertArgs, ResourceArgs};
+use super::calibrate::{Opened, Prepared, pool, state_of};
+use super::steps::Steps;
+use super::tune::{Progress, split, summary};
+use super::{Failure, RESOURCE, USAGE, print, words};
+use crate::calibration::fingerprint::fingerprint;
+use crate::calibration::windows;
+use crate::forward::{Activations, Simulation};
+use crate::gguf::GgmlType;
+use crate::learning::fake::Fake;
+use crate::learning::network::{self, Network};
+use crate::learning::run::{self, Job, Settings};
+use crate::output;
+use crate::plan::memory::human;
+use crate::plan::{FileType, Input, Options, Recipe};
+use crate::transform::{Anatomy, Preset, Transforms, file, preset};
+use crate::tuning::head::Loss;
+use crate::tuning::run::SAVE_EVERY;
+
+/// Steps where nothing else is said: those of the papers.
+pub const STEPS: u32 = 100;
+/// Words of KL-Top.
+const TOP: usize = 1000;
+
+/// What to learn.
+#[derive(Args, Clone, Debug)]
+pub struct LearnArgs {
+    /// Checkpoint folder or GGUF file.
+    #[arg(value_name = "IN")]
+    input: PathBuf,
+    /// Transforms file to write (safetensors).
+    #[arg(long, short, value_name = "FILE", default_value = "transforms.safetensors")]
+    output: PathBuf,
+    /// What the transforms are for: a type as --type takes it, or a simulated precision like w4a8 or w4a4kv4 (check
+    /// --activations).
+    #[arg(long = "for", value_name = "TYPE", default_value = "q4_0")]
+    target: String,
+    /// ostquant: rotations of the stream and of values, and scales. spinquant: rotations alone.
+    #[arg(long, value_enum, default_value_t = MethodArg::Ostquant)]
+    method: MethodArg,
+    #[arg(long, value_name = "N", default_value_t = STEPS, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// kl: divergence over the whole vocabulary. kl-top: over the 1000 words that the model finds most likely. ce: cross-entropy of
+    /// the text [default: kl-top for ostquant, ce for spinquant, as published].
+    #[arg(long, value_enum)]
+    loss: Option<LossArg>,
+    /// Windows of a step.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Rate of rotations at the start [default: 0.002].
+    #[arg(long, value_name = "X")]
+    rotation_rate: Option<f64>,
+    /// Rate of scales at the start, relative [default: 0.01].
+    #[arg(long, value_name = "X")]
+    scale_rate: Option<f64>,
+    /// With w4a8 and the like: Hadamard rotations of queries and keys and of the input of the down matrix while it runs.
+    #[arg(long)]
+    online_hadamard: bool,
+    /// Text; several times for several texts [default: a small general corpus that ships with the program].
+    #[arg(long, value_name = "TEXT")]
+    calibrate: Vec<PathBuf>,
+    /// At most so many tokens of it, in whole windows.
+    #[arg(long, value_name = "N")]
+    calibrate_tokens: Option<u64>,
+    /// Tokens of a window.
+    #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..))]
+    ctx: u32,
+    /// Of random rotations and of the order of the text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    resources: ResourceArgs,
+    /// Replace a file that is there.
+    #[arg(long)]
+    force: bool,
+    /// Only errors.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum MethodArg {
+    Ostquant,
+    Spinquant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LossArg {
+    Kl,
+    KlTop,
+    Ce,
+}
+
+/// What is learned from, beside the model.
+pub struct Request<'a> {
+    pub preset: Preset,
+    pub settings: Settings,
+    /// How inputs, keys and values are rounded.
+    pub activations: Activations,
+    /// How the linear of a name with so many columns is rounded.
+    pub fake: &'a (dyn Fn(&str, usize) -> Option<Fake> + Sync),
+    /// What that depends on, in words.
+    pub target: String,
+    pub texts: &'a [PathBuf],
+    /// Windows of text.
+    pub limit: Option<usize>,
+    pub length: usize,
+    pub threads: Option<u16>,
+    pub max_memory: Option<u64>,
+    pub state: &'a Path,
+    pub quiet: bool,
+}
+
+/// Steps and loss of a preset as it is published.
+pub fn settings(preset: Preset, steps: u32, seed: u64) -> Settings {
+    let loss = if preset == Preset::SpinQuant { Loss::CrossEntropy } else { Loss::KlTop(TOP) };
+    Settings::new(steps as usize, loss, seed)
+}
+
+/// Rounding to the types that `of` gives.
+pub fn to_types(of: impl Fn(&str) -> Option<GgmlType>) -> impl Fn(&str, usize) -> Option<Fake> {
+    move |name, columns| {
+        let ty = of(name).filter(|t| t.is_quantized() && columns.is_multiple_of(t.block_len()))?;
+        Some(Fake::Type(ty))
+    }
+}
+
+/// Rounding to the integers of a simulated precision.
+fn to_rows(s: Simulation) -> impl Fn(&str, usize) -> Option<Fake> {
+    move |name, _| (s.weights < 16).then(|| Fake::Rows(s, name.contains(".ffn_down")))
+}
+
+/// Learns the transforms of a preset.
+pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> Result<Transforms, Failure> {
+    let words = words::Request {
+        words: r.texts,
+        length: r.length,
+        limit: r.limit,
+        threads: r.threads,
+        max_memory: r.max_memory,
+        state: r.state,
+        quiet: r.quiet,
+    };
+    let prepared = Prepared::new((path, input), &words)?;
+    let model = &prepared.model;
+    let (learn, decide) = split(&prepared.tokens, r.length);
+    let batch = r.settings.batch * r.length;
+    let room = r.max_memory.unwrap_or_else(super::round::available_memory);
+    let (most, least) = (network::memory(model, batch, false), network::memory(model, batch, true));
+    if least > room {
+        let why = format!("learning needs {} of memory for this model; {} are there", human(least), human(room));
+        return Err(Failure::new(RESOURCE, why));
+    }
+    let name = format!("{}({}, {} steps)", r.preset.name(), r.target, r.settings.steps);
+    if !r.quiet {
+        let names = prepared.texts.join(", ");
+        print::stderr(&format!(
+            "{name} on {names}: {} windows a step out of {}, {} held out; at most {} of memory",
+            r.settings.batch,
+            learn.len() / r.length,
+            decide.len() / r.length,
+            human(if most > room { least } else { most }),
+        ));
+    }
+    let start = pool(r.threads)?.install(|| start(r.preset, anatomy, input, r.settings.seed))?;
+    let pool = pool(r.threads)?;
+    let job = Job {
+        model,
+        tokens: &learn,
+        held_out: &decide,
+        length: r.length,
+        activations: r.activations,
+        settings: r.settings.clone(),
+        key: format!("{name} {} {} {}", fingerprint(&*input.source), windows::digest(&learn), windows::digest(&decide)),
+        save_every: SAVE_EVERY,
+        state: r.state,
+    };
+    let begin = Instant::now();
+    let steps = Steps::new("step", r.settings.steps, r.quiet);
+    let mut progress = Progress { steps, quiet: r.quiet };
+    let (done, made) = pool.install(|| {
+        let mut network = Network::new(model, anatomy, &start, r.fake, most > room)?;
+        run::run(&job, &mut network, &name, &mut progress)
+    })?;
+    progress.steps.finish();
+    if !r.quiet {
+        summary("learned", &done, begin.elapsed().as_secs_f64());
+    }
+    made.check(anatomy)?;
+    Ok(made)
+}
+
+/// What learning starts from: random Hadamard rotations (SpinQuant), or WOMI and scales of 1 (OSTQuant).
+fn start(preset: Preset, anatomy: &Anatomy, input: &Input, seed: u64) -> Result<Transforms, Failure> {
+    if preset == Preset::SpinQuant {
+        return Ok(preset::quarot(anatomy, seed));
+    }
+    Ok(network::with_scales(preset::womi(anatomy, &*input.source, seed)?, anatomy))
+}
+
+/// Learns and writes a transforms file.
+pub fn run(args: LearnArgs) -> Result<(), Failure> {
+    super::convert::install_signal_handlers()?;
+    output::check(&args.output, &[], None, args.force)?;
+    let preset = if args.method == MethodArg::Spinquant { Preset::SpinQuant } else { Preset::OstQuant };
+    let opened = Opened::new(&args.input)?;
+    let anatomy = Anatomy::new(&args.input, &*opened.input.source, &opened.input.metadata)?;
+    if !args.quiet {
+        preset::left_out(preset, &anatomy).iter().for_each(|w| print::stderr(&format!("warning: {w}")));
+    }
+    let mut settings = settings(preset, args.steps, args.seed);
+    settings.batch = args.batch as usize;
+    settings.rotation = rate("--rotation-rate", args.rotation_rate, settings.rotation)?;
+    settings.scale = rate("--scale-rate", args.scale_rate, settings.scale)?;
+    settings.loss = match args.loss {
+        None => settings.loss,
+        Some(LossArg::Kl) => Loss::Kl,
+        Some(LossArg::KlTop) => Loss::KlTop(TOP),
+        Some(LossArg::Ce) => Loss::CrossEntropy,
+    };
+    let simulated = args.target.parse::<Simulation>().ok().map(|s| Simulation { online: args.online_hadamard, ..s });
+    if simulated.is_none() && args.online_hadamard {
+        return Err(Failure::new(USAGE, "--online-hadamard: only with --for w4a8 and the like"));
+    }
+    let types = match simulated {
+        Some(_) => Vec::new(),
+        None => types(&args.target, &opened.input)?,
+    };
+    let of = to_types(|name: &str| types.iter().find(|(n, _)| n == name).map(|(_, t)| *t));
+    let rows = simulated.map(to_rows);
+    let fake = |name: &str, columns: usize| rows.as_ref().map_or_else(|| of(name, columns), |f| f(name, columns));
+    let builtin = [PathBuf::from(crate::plan::BUILT_IN)];
+    let state = state_of(&args.output);
+    let length = args.ctx as usize;
+    let request = Request {
+        preset,
+        settings,
+        activations: simulated.map_or(Activations::F32, Activations::Simulated),
+        fake: &fake,
+        target: simulated.map_or_else(|| args.target.to_ascii_lowercase(), |s| s.to_string()),
+        texts: if args.calibrate.is_empty() { &builtin } else { &args.calibrate },
+        limit: args.calibrate_tokens.map(|n| (n as usize / length).max(1)),
+        length,
+        threads: args.resources.threads,
+        max_memory: args.resources.max_memory,
+        state: &state,
+        quiet: args.quiet,
+    };
+    let made = learn(&args.input, &opened.input, &anatomy, &request)?;
+    file::write(&args.output, &made, &anatomy, &fingerprint(&*opened.input.source), args.force)?;
+    crate::rounding::state::forget(&state);
+    if !args.quiet {
+        let (count, bytes) = (made.tensors().len(), human(made.bytes()));
+        print::stderr(&format!("{}: {}, {count} tensors, {bytes}", args.output.display(), made.name));
+    }
+    Ok(())
+}
+
+fn rate(flag: &str, given: Option<f64>, default: f64) -> Result<f64, Failure> {
+    match given {
+        Some(x) if !(x.is_finite() && x >= 0.0) => Err(Failure::new(USAGE, format!("{flag}: {x} is no rate"))),
+        given => Ok(given.unwrap_or(default)),
+    }
+}
+
+/// The types that a mix, or one type, gives the tensors of `input`.
+fn types(word: &str, input: &Input) -> Result<Vec<(String, GgmlType)>, Failure> {
+    let name = match (FileType::parse(word), GgmlType::from_name(word)) {
+        (Some(t), _) => t.name().to_string(),
+        (None, Some(t)) => {
+            // every linear of the layers in it
+            let fits = |t: &GgmlType, columns: u64| columns.is_multiple_of(t.block_len() as u64);
+            let all = input.source.tensors().iter().filter(|x| x.name.starts_with("blk.") && fits(&t, x.row_len()));
+            return Ok(all.map(|x| (x.name.clone(), t)).collect());
+        }
+        (None, None) => {
+            let why = format!("--for: `{word}` is no type (--list-types shows all) and no precision like w4a8");
+            return Err(Failure::new(USAGE, why));
+        }
+    };
+    let recipe = Recipe { r#type: Some(name), ..Recipe::default() };
+    let options = Options::resolve(recipe).map_err(|e| Failure::new(USAGE, e))?;
+    super::transform::planned(input, &options)
+}
+
+/// Learning on the way to a conversion, for the types of its plan.
+pub fn within(
+    preset: Preset,
+    (args, options): (&ConvertArgs, &Options),
+    (path, input): (&Path, &Input),
+    anatomy: &Anatomy,
+) -> Result<Transforms, Failure> {
+    let r = &options.recipe;
+    let types = super::transform::planned(input, options)?;
+    let fake = to_types(|name: &str| types.iter().find(|(n, _)| n == name).map(|(_, t)| *t));
+    let length = r.ctx.unwrap_or(512) as usize;
+    let request = Request {
+        preset,
+        settings: settings(preset, STEPS, r.seed.unwrap_or(0)),
+        activations: Activations::F32,
+        fake: &fake,
+        target: r.r#type.clone().unwrap_or_else(|| "q4_k_m".into()).to_ascii_lowercase(),
+        texts: &r.calibrate,
+        limit: Some(super::round::windows(r)),
+        length,
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        state: &state_of(args.out().map_or(Path::new("transforms"), |p| p)),
+        quiet: args.quiet,
+    };
+    learn(path, input, anatomy, &request)
+}

@@ -1,0 +1,379 @@
+//! What the transforms of a layer make of each linear, and the way back: from the gradient at the made weight to those of
+//! rotations and scales.
+//!
+//! Forward it is the arithmetic of [`crate::transform`] (`W' = B_out W B_in⁻¹`, the table in docs/transforms.md), in f32:
+//!
+//! ```text
+//! Z1 = W diag(before)    Z2 = Z1 R    Z3 = Z2 diag(after)    Z4 = diag(rows) Z3    W' = Rᵀ Z4
+//! ```
+//!
+//! each where the linear has it. Back, with `G` the gradient by `W'`: `dR = Z4 Gᵀ`, then `R G`; scales by logarithm are sums
+//! of gradient times value; `dR = Z1ᵀ G2`.
+
+use super::manifold::{Rotation, Scales};
+use crate::forward::backward::layer::Slot;
+use crate::linalg::{add_cross, product, product_back};
+use crate::transform::{Anatomy, LayerTransforms, Pair, Transforms};
+
+/// What of a layer learns.
+#[derive(Clone, Debug, Default)]
+pub struct LayerValues {
+    /// Rotations of values, one for each KV head; none: not there.
+    pub r_ov: Vec<Rotation>,
+    pub s_attn: Option<Scales>,
+    pub s_ffn: Option<Scales>,
+    pub s_ov: Option<Scales>,
+    pub s_qk: Option<Scales>,
+    pub s_ud: Option<Scales>,
+}
+
+/// What of a model learns.
+#[derive(Clone, Debug, Default)]
+pub struct Values {
+    pub r_res: Option<Rotation>,
+    pub layers: Vec<LayerValues>,
+}
+
+/// The scales of a pair.
+pub fn scales(l: &LayerValues, pair: Pair) -> &Option<Scales> {
+    match pair {
+        Pair::Attention => &l.s_attn,
+        Pair::FeedForward => &l.s_ffn,
+        Pair::ValueScales => &l.s_ov,
+        Pair::QueryKey => &l.s_qk,
+        Pair::UpDown => &l.s_ud,
+        Pair::Stream | Pair::Values => &None,
+    }
+}
+
+/// The same, to write.
+pub fn scales_mut(l: &mut LayerValues, pair: Pair) -> Option<&mut Scales> {
+    match pair {
+        Pair::Attention => l.s_attn.as_mut(),
+        Pair::FeedForward => l.s_ffn.as_mut(),
+        Pair::ValueScales => l.s_ov.as_mut(),
+        Pair::QueryKey => l.s_qk.as_mut(),
+        Pair::UpDown => l.s_ud.as_mut(),
+        Pair::Stream | Pair::Values => None,
+    }
+}
+
+/// The pairs of scales.
+pub const SCALES: [Pair; 5] = [Pair::Attention, Pair::FeedForward, Pair::ValueScales, Pair::QueryKey, Pair::UpDown];
+
+impl Values {
+    /// Those of `start`, whose other pairs stay away.
+    pub fn new(start: &Transforms, anatomy: &Anatomy) -> Values {
+        let s = &anatomy.spec;
+        let head = s.head_dim;
+        let layer = |l: &LayerTransforms| LayerValues {
+            r_ov: l
+                .r_ov
+                .iter()
+                .flat_map(|r| r.chunks_exact(head * head))
+                .map(|r| Rotation::new(r.to_vec(), head))
+                .collect(),
+            s_attn: l.s_attn.as_deref().map(Scales::new),
+            s_ffn: l.s_ffn.as_deref().map(Scales::new),
+            s_ov: l.s_ov.as_deref().map(Scales::new),
+            s_qk: l.s_qk.as_deref().map(Scales::new),
+            s_ud: l.s_ud.as_deref().map(Scales::new),
+        };
+        Values {
+            r_res: start.r_res.clone().map(|r| Rotation::new(r, s.embed)),
+            layers: start.layers.iter().map(layer).collect(),
+        }
+    }
+
+    /// As transforms.
+    pub fn transforms(&self, name: &str) -> Transforms {
+        let layer = |l: &LayerValues| {
+            let of = |s: &Option<Scales>| s.as_ref().map(Scales::values);
+            LayerTransforms {
+                r_ov: (!l.r_ov.is_empty()).then(|| l.r_ov.iter().flat_map(|r| r.values.iter().copied()).collect()),
+                s_attn: of(&l.s_attn),
+                s_ffn: of(&l.s_ffn),
+                s_ov: of(&l.s_ov),
+                s_qk: of(&l.s_qk),
+                s_ud: of(&l.s_ud),
+            }
+        };
+        Transforms {
+            name: name.into(),
+            r_res: self.r_res.as_ref().map(|r| r.values.clone()),
+            layers: self.layers.iter().map(layer).collect(),
+        }
+    }
+
+    /// Every rotation.
+    pub fn rotations(&mut self) -> impl Iterator<Item = &mut Rotation> {
+        self.r_res.iter_mut().chain(self.layers.iter_mut().flat_map(|l| &mut l.r_ov))
+    }
+
+    /// Every vector of scales.
+    pub fn all_scales(&mut self) -> impl Iterator<Item = &mut Scales> {
+        self.layers
+            .iter_mut()
+            .flat_map(|l| [&mut l.s_attn, &mut l.s_ffn, &mut l.s_ov, &mut l.s_qk, &mut l.s_ud].into_iter().flatten())
+    }
+}
+
+/// Scales of columns or rows: which element of a pair each has.
+#[derive(Clone, Debug)]
+struct Line {
+    pair: Pair,
+    index: Vec<u32>,
+    inverse: bool,
+}
+
+impl Line {
+    fn values(&self, l: &LayerValues) -> Option<Vec<f32>> {
+        let s = &scales(l, self.pair).as_ref()?.single;
+        let value = |i: &u32| if self.inverse { 1.0 / s[*i as usize] } else { s[*i as usize] };
+        Some(self.index.iter().map(value).collect())
+    }
+
+    /// Adds sums of gradient times value, one for each column or row.
+    fn add(&self, l: &mut LayerValues, sums: &[f64]) {
+        let Some(s) = scales_mut(l, self.pair) else { return };
+        let sign = if self.inverse { -1.0 } else { 1.0 };
+        self.index.iter().zip(sums).for_each(|(i, v)| s.gradient[*i as usize] += sign * v);
+    }
+}
+
+/// Which rotation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Turn {
+    None,
+    Stream,
+    Heads,
+}
+
+/// The map of one linear.
+#[derive(Clone, Debug)]
+pub struct Map {
+    before: Option<Line>,
+    columns: Turn,
+    after: Option<Line>,
+    rows: Option<Line>,
+    turned: Turn,
+    /// Values of a head, query heads of a KV head.
+    head: usize,
+    group: usize,
+}
+
+impl Map {
+    /// Of the linear in `slot`, of layer `layer`.
+    pub fn of(slot: Slot, layer: usize, m: &Anatomy) -> Map {
+        let s = &m.spec;
+        let (head, group, pairs) = (s.head_dim, s.heads / s.kv_heads, s.head_dim / 2);
+        let line = |pair, inverse, index: Vec<usize>| {
+            Some(Line { pair, inverse, index: index.into_iter().map(|i| i as u32).collect() })
+        };
+        let all = |n: usize| (0..n).collect::<Vec<usize>>();
+        let rotary = |heads: usize| -> Vec<usize> {
+            let of = |r: usize| r / head / (heads / s.kv_heads) * pairs + m.rotary_pair(r % head);
+            (0..heads * head).map(of).collect()
+        };
+        let expanded = || (0..s.heads * head).map(|c| c / head / group * head + c % head).collect();
+        let none = Map { before: None, columns: Turn::None, after: None, rows: None, turned: Turn::None, head, group };
+        let reader = |pair| Map { columns: Turn::Stream, after: line(pair, false, all(s.embed)), ..none.clone() };
+        let width = m.feed_forward[layer];
+        match slot {
+            Slot::Q => Map { rows: line(Pair::QueryKey, true, rotary(s.heads)), ..reader(Pair::Attention) },
+            Slot::K => Map { rows: line(Pair::QueryKey, false, rotary(s.kv_heads)), ..reader(Pair::Attention) },
+            Slot::V => Map {
+                rows: line(Pair::ValueScales, true, all(s.kv_heads * head)),
+                turned: Turn::Heads,
+                ..reader(Pair::Attention)
+            },
+            Slot::O => Map {
+                before: line(Pair::ValueScales, false, expanded()),
+                columns: Turn::Heads,
+                turned: Turn::Stream,
+                ..none
+            },
+            Slot::Gate => reader(Pair::FeedForward),
+            Slot::Up => Map { rows: line(Pair::UpDown, true, all(width)), ..reader(Pair::FeedForward) },
+            Slot::Down => Map { before: line(Pair::UpDown, false, all(width)), turned: Turn::Stream, ..none },
+        }
+    }
+
+    /// That of the bias: rows alone.
+    pub fn of_bias(&self) -> Map {
+        Map { before: None, columns: Turn::None, after: None, ..self.clone() }
+    }
+
+    /// `W'` of `w` \[rows, columns\].
+    pub fn apply(&self, w: &[f32], columns: usize, v: &Values, layer: usize) -> Vec<f32> {
+        self.steps(w, columns, v, layer).pop().expect("the last step")
+    }
+
+    /// `Z1`, `Z2`, `Z3`, `Z4`, `W'`; what changes nothing is left out but for the last.
+    fn steps(&self, w: &[f32], columns: usize, v: &Values, layer: usize) -> Vec<Vec<f32>> {
+        let l = &v.layers[layer];
+        let line = |s: &Option<Line>| s.as_ref().and_then(|s| s.values(l));
+        let mut z = w.to_vec();
+        scale_columns(&mut z, columns, &line(&self.before));
+        let mut all = vec![z];
+        let next = self.turn_columns(&all[0], columns, v, l);
+        all.push(next);
+        let mut z = all[1].clone();
+        scale_columns(&mut z, columns, &line(&self.after));
+        all.push(z.clone());
+        scale_rows(&mut z, columns, &line(&self.rows));
+        let last = self.turn_rows(&z, columns, v, l);
+        all.push(z);
+        all.push(last);
+        all
+    }
+
+    fn turn_columns(&self, z: &[f32], columns: usize, v: &Values, l: &LayerValues) -> Vec<f32> {
+        match (self.columns, &v.r_res) {
+            (Turn::Stream, Some(r)) => {
+                let mut out = vec![0.0; z.len()];
+                product_back(z, &r.single, columns, &mut out);
+                out
+            }
+            (Turn::Heads, _) if !l.r_ov.is_empty() => {
+                let mut out = z.to_vec();
+                self.each_head(columns, |h, own| {
+                    let part = gather(z, columns, own.clone());
+                    let mut turned = vec![0.0; part.len()];
+                    product_back(&part, &l.r_ov[h].single, self.head, &mut turned);
+                    scatter(&mut out, columns, own, &turned);
+                });
+                out
+            }
+            _ => z.to_vec(),
+        }
+    }
+
+    /// `Rᵀ Z`.
+    fn turn_rows(&self, z: &[f32], columns: usize, v: &Values, l: &LayerValues) -> Vec<f32> {
+        match (self.turned, &v.r_res) {
+            (Turn::Stream, Some(r)) => {
+                let mut out = vec![0.0; z.len()];
+                add_cross(&mut out, &r.single, z, r.n, columns);
+                out
+            }
+            (Turn::Heads, _) if !l.r_ov.is_empty() => {
+                let mut out = vec![0.0; z.len()];
+                let size = self.head * columns;
+                for ((r, z), out) in l.r_ov.iter().zip(z.chunks_exact(size)).zip(out.chunks_exact_mut(size)) {
+                    add_cross(out, &r.single, z, self.head, columns);
+                }
+                out
+            }
+            _ => z.to_vec(),
+        }
+    }
+
+    /// The query heads as runs of columns, with the number of their KV head.
+    fn each_head(&self, columns: usize, mut see: impl FnMut(usize, std::ops::Range<usize>)) {
+        (0..columns / self.head).for_each(|h| see(h / self.group, h * self.head..(h + 1) * self.head));
+    }
+
+    /// Adds to the gradients of `v` what `g`, the gradient at `W'` of `w`, brings.
+    pub fn back(&self, w: &[f32], columns: usize, g: &[f32], v: &mut Values, layer: usize) {
+        let mut steps = self.steps(w, columns, v, layer);
+        steps.pop();
+        let (z4, z3) = (steps.pop().expect("five steps"), steps.pop().expect("five steps"));
+        let (_, z1) = (steps.pop().expect("five steps"), steps.pop().expect("five steps"));
+        let Values { r_res, layers } = v;
+        let l = &mut layers[layer];
+        let mut g = g.to_vec();
+        // W' = Rᵀ Z4
+        match (self.turned, &mut *r_res) {
+            (Turn::Stream, Some(r)) => turn_rows_back(r, &z4, &mut g, columns),
+            (Turn::Heads, _) => {
+                let size = self.head * columns;
+                for ((r, z), g) in l.r_ov.iter_mut().zip(z4.chunks_exact(size)).zip(g.chunks_exact_mut(size)) {
+                    turn_rows_back(r, z, g, columns);
+                }
+            }
+            _ => {}
+        }
+        // Z4 = diag(rows) Z3
+        if let Some(line) = &self.rows {
+            let row = |(g, z): (&[f32], &[f32])| g.iter().zip(z).map(|(g, z)| f64::from(g * z)).sum::<f64>();
+            let sums: Vec<f64> = g.chunks_exact(columns).zip(z4.chunks_exact(columns)).map(row).collect();
+            scale_rows(&mut g, columns, &line.values(l));
+            line.add(l, &sums);
+        }
+        // Z3 = Z2 diag(after)
+        if let Some(line) = &self.after {
+            let sums = along_columns(&g, &z3, columns);
+            scale_columns(&mut g, columns, &line.values(l));
+            line.add(l, &sums);
+        }
+        // Z2 = Z1 R
+        match (self.columns, &mut *r_res) {
+            (Turn::Stream, Some(r)) => {
+                add_cross(&mut r.gradient, &z1, &g, z1.len() / columns, columns);
+                if self.before.is_some() {
+                    let mut out = vec![0.0; g.len()];
+                    product(&g, &r.single, columns, &mut out);
+                    g = out;
+                }
+            }
+            (Turn::Heads, _) if !l.r_ov.is_empty() => self.each_head(columns, |h, own| {
+                let r = &mut l.r_ov[h];
+                let (z, part) = (gather(&z1, columns, own.clone()), gather(&g, columns, own.clone()));
+                add_cross(&mut r.gradient, &z, &part, z.len() / self.head, self.head);
+                let mut out = vec![0.0; part.len()];
+                product(&part, &r.single, self.head, &mut out);
+                scatter(&mut g, columns, own, &out);
+            }),
+            _ => {}
+        }
+        // Z1 = W diag(before)
+        if let Some(line) = &self.before {
+            line.add(l, &along_columns(&g, &z1, columns));
+        }
+    }
+}
+
+/// Back through `W = Rᵀ Z`: `dR += Z Gᵀ`, `G ← R G`.
+fn turn_rows_back(r: &mut Rotation, z: &[f32], g: &mut [f32], columns: usize) {
+    let mut part = vec![0.0; r.n * r.n];
+    product(z, g, columns, &mut part);
+    r.gradient.iter_mut().zip(&part).for_each(|(g, p)| *g += p);
+    let mut out = vec![0.0; g.len()];
+    product_back(&r.single, g, r.n, &mut out);
+    g.copy_from_slice(&out);
+}
+
+/// Σ over rows of g z, for each column.
+fn along_columns(g: &[f32], z: &[f32], columns: usize) -> Vec<f64> {
+    let mut sums = vec![0f64; columns];
+    for (g, z) in g.chunks_exact(columns).zip(z.chunks_exact(columns)) {
+        sums.iter_mut().zip(g.iter().zip(z)).for_each(|(s, (g, z))| *s += f64::from(g * z));
+    }
+    sums
+}
+
+fn scale_columns(z: &mut [f32], columns: usize, s: &Option<Vec<f32>>) {
+    if let Some(s) = s {
+        z.chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(s).for_each(|(z, s)| *z *= s));
+    }
+}
+
+fn scale_rows(z: &mut [f32], columns: usize, s: &Option<Vec<f32>>) {
+    if let Some(s) = s {
+        z.chunks_exact_mut(columns).zip(s).for_each(|(row, s)| row.iter_mut().for_each(|z| *z *= s));
+    }
+}
+
+/// Some columns of a matrix.
+fn gather(z: &[f32], columns: usize, own: std::ops::Range<usize>) -> Vec<f32> {
+    z.chunks_exact(columns).flat_map(|row| &row[own.clone()]).copied().collect()
+}
+
+/// Puts them back.
+fn scatter(z: &mut [f32], columns: usize, own: std::ops::Range<usize>, part: &[f32]) {
+    let width = own.len();
+    for (row, part) in z.chunks_exact_mut(columns).zip(part.chunks_exact(width)) {
+        row[own.clone()].copy_from_slice(part);
+    }
+}
