@@ -121,7 +121,8 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t, help_heading = "Run")]
     pub device: crate::tuning::run::Device,
     /// Transforms that leave the model's function as it is: none, smoothquant, awq, quarot, womi, spinquant and ostquant (these
-    /// two are learned), or a file that `transform` or `learn` wrote. All but quarot and womi need --calibrate.
+    /// two are learned), auto (all of them tried, and the one taken that pays, or none), or a file that `transform` or `learn`
+    /// wrote. All but quarot and womi need --calibrate.
     #[arg(long, value_name = "NAME|FILE", help_heading = "Transforms")]
     transform: Option<PathBuf>,
     /// How much of the differences between inputs smoothquant moves to the weights, 0 to 1 [default: 0.5].

@@ -8,6 +8,7 @@ mod args;
 mod bar;
 mod calibrate;
 mod check;
+mod choose;
 mod convert;
 mod estimate;
 mod inspect;

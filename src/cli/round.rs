@@ -31,7 +31,7 @@ fn coarse_embedding(plan: &Plan) -> bool {
 }
 
 /// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.
-fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
+pub fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
     let wanted = |t: &&crate::plan::PlannedTensor| {
         let stored = input.source.tensors()[t.source].stored;
         t.ty.is_quantized() && t.ty != stored && t.dims.len() == 2 && t.name.ends_with(".weight")

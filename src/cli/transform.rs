@@ -101,6 +101,9 @@ fn make(
         Some(p @ (Preset::SpinQuant | Preset::OstQuant)) => {
             return Err(Failure::new(USAGE, format!("{} is learned: `ostq-convert learn`", p.name())));
         }
+        Some(Preset::Auto) => {
+            return Err(Failure::new(USAGE, "auto measures conversions: `ostq-convert IN OUT --transform auto`"));
+        }
     })
 }
 
@@ -135,6 +138,33 @@ fn scaled(
     Ok(made?)
 }
 
+/// Makes the transforms of a preset for the types of a conversion's plan.
+fn made(
+    preset: Preset,
+    (args, options): (&ConvertArgs, &Options),
+    (path, input): (&Path, &Input),
+    anatomy: &Anatomy,
+) -> Result<Transforms, Failure> {
+    if preset.learns() {
+        return super::learn::within(preset, (args, options), (path, input), anatomy);
+    }
+    let r = &options.recipe;
+    let types = if preset == Preset::Awq { planned(input, options)? } else { Vec::new() };
+    let of = |name: &str| types.iter().find(|(n, _)| n == name).map(|(_, t)| *t);
+    let text = Text {
+        texts: &r.calibrate,
+        tokens: (r.calibrate_tokens.unwrap_or(u64::MAX) as usize).min(TOKENS),
+        ctx: r.ctx.unwrap_or(512) as usize,
+        alpha: r.alpha.unwrap_or(0.5),
+        types: &of,
+        state: &state_of(args.out().map_or(Path::new("transforms"), |p| p)),
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        quiet: args.quiet,
+    };
+    make(Path::new(preset.name()), path, input, anatomy, r.seed.unwrap_or(0), &text)
+}
+
 /// Puts the transforms of the recipe between `input`'s weights and everybody who reads them; `imatrix`, made from the original
 /// model, is carried over. `calibrate`: run a calibration that they need; a plan alone goes without scales.
 pub fn apply(
@@ -160,26 +190,15 @@ pub fn apply(
         // the shapes are all that a plan needs; scales have none
         Some(p) if !calibrate && p.calibrates() && !p.learns() => return Ok(None),
         Some(Preset::Womi | Preset::SpinQuant | Preset::OstQuant) if !calibrate => preset::quarot(&anatomy, 0),
-        Some(p) if p.learns() => super::learn::within(p, (args, options), (path, input), &anatomy)?,
-        _ => {
-            let types = match preset {
-                Some(Preset::Awq) => planned(input, options)?,
-                _ => Vec::new(),
-            };
-            let of = |name: &str| types.iter().find(|(n, _)| n == name).map(|(_, t)| *t);
-            let text = Text {
-                texts: &r.calibrate,
-                tokens: (r.calibrate_tokens.unwrap_or(u64::MAX) as usize).min(TOKENS),
-                ctx: r.ctx.unwrap_or(512) as usize,
-                alpha: r.alpha.unwrap_or(0.5),
-                types: &of,
-                state: &state_of(args.out().map_or(Path::new("transforms"), |p| p)),
-                threads: args.threads(),
-                max_memory: args.max_memory,
-                quiet: args.quiet,
-            };
-            make(what, path, input, &anatomy, r.seed.unwrap_or(0), &text)?
+        Some(Preset::Auto) => {
+            let make = |p: Preset| made(p, (args, options), (path, input), &anatomy);
+            match super::choose::choose(args, options, (path, input), &anatomy, &make)? {
+                Some(chosen) => chosen,
+                None => return Ok(None),
+            }
         }
+        Some(p) => made(p, (args, options), (path, input), &anatomy)?,
+        None => file::read(what, &anatomy, &fingerprint(&*input.source))?,
     };
     let transforms = Arc::new(transforms);
     input.transform(path, transforms.clone())?;

@@ -46,7 +46,7 @@ impl Watch for Progress {
 }
 
 /// The tensors as they were rounded, in memory.
-fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, Rounded>, Failure> {
+pub fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, Rounded>, Failure> {
     let mut all = BTreeMap::new();
     for t in plan.tensors.iter().filter(|t| t.ty.is_quantized() && t.dims.len() == 2) {
         let mut bytes = vec![0; t.bytes as usize];

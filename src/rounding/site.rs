@@ -15,11 +15,10 @@ const HELD_OUT_MOST: usize = 4096;
 const CHOICE_ROWS: usize = 256;
 /// Tokens that are summed in one go: a fixed number, so that the sums do not depend on how many windows are in memory.
 const RUN: usize = 1024;
-/// Tokens that are enough for each column: where there are more, every second token or so is summed. Neighbours are alike, and
-/// the sums of an input with many columns cost more than what makes it.
+/// An input of so many columns or more is wide: its sums cost more than what makes it, and where there are [`ENOUGH`] tokens for
+/// each column every second one does (neighbours are alike).
+const WIDE: usize = 1024;
 const ENOUGH: usize = 40;
-/// One token of so many is summed at least.
-const EVERY_MOST: usize = 4;
 /// Outputs whose errors are in memory at a time.
 const OUTPUTS: usize = 2048;
 
@@ -68,7 +67,7 @@ impl Site {
             second: vec![0.0; packed],
             cross: two_paths.then(|| vec![0f32; n * n]),
             count: 0,
-            every: (tokens / (ENOUGH * n)).clamp(1, EVERY_MOST),
+            every: if n >= WIDE && tokens / 2 >= ENOUGH * n { 2 } else { 1 },
             skip: 0,
             run: [vec![0.0; RUN * n], vec![0.0; if two_paths { RUN * n } else { 0 }]],
             filled: 0,

@@ -28,11 +28,13 @@ pub enum Preset {
     SpinQuant,
     /// Rotations and scales, learned (arXiv 2501.13987).
     OstQuant,
+    /// The one of these that pays, or none.
+    Auto,
 }
 
 impl Preset {
     /// Names, in the order in which they are explained.
-    pub const ALL: [(&'static str, Preset); 7] = [
+    pub const ALL: [(&'static str, Preset); 8] = [
         ("none", Preset::None),
         ("smoothquant", Preset::SmoothQuant),
         ("awq", Preset::Awq),
@@ -40,6 +42,7 @@ impl Preset {
         ("womi", Preset::Womi),
         ("spinquant", Preset::SpinQuant),
         ("ostquant", Preset::OstQuant),
+        ("auto", Preset::Auto),
     ];
 
     /// By name.
@@ -54,7 +57,7 @@ impl Preset {
 
     /// True if activations over a text are needed.
     pub fn calibrates(self) -> bool {
-        matches!(self, Preset::SmoothQuant | Preset::Awq | Preset::SpinQuant | Preset::OstQuant)
+        !matches!(self, Preset::None | Preset::QuaRot | Preset::Womi)
     }
 
     /// True if it is learned, step by step.
@@ -66,7 +69,8 @@ impl Preset {
 /// What the rotating presets leave out for `model`, and why.
 pub fn left_out(preset: Preset, model: &Anatomy) -> Vec<String> {
     let pairs: &[Pair] = match preset {
-        Preset::None => &[],
+        // of those that are tried each says it
+        Preset::None | Preset::Auto => &[],
         Preset::SmoothQuant => &[Pair::Attention, Pair::FeedForward],
         Preset::Awq => &[Pair::Attention, Pair::FeedForward, Pair::ValueScales, Pair::UpDown],
         Preset::QuaRot | Preset::Womi | Preset::SpinQuant => &[Pair::Stream, Pair::Values],

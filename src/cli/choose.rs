@@ -1,0 +1,179 @@
+//! `--transform auto`: every preset tried on this model with these types and this rounding, and the one taken that pays.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::args::ConvertArgs;
+use super::calibrate::{Prepared, pool, state_of};
+use super::steps::Steps;
+use super::{Failure, RESOURCE, print, words};
+use crate::calibration::{fingerprint, windows};
+use crate::formats;
+use crate::forward::Model;
+use crate::gguf::Metadata;
+use crate::plan::memory::human;
+use crate::plan::{Input, Options, Plan, Rounding};
+use crate::rounding::run::{self, Job};
+use crate::rounding::state::{RoundedTensors, forget};
+use crate::transform::{Anatomy, Pair, Preset, Transforms};
+use crate::tuning::engine::{Engine, Processor};
+use crate::tuning::student::{self, Rounded, Student};
+
+/// Windows that each candidate is rounded on, and those that it is judged by.
+const WINDOWS: usize = 64;
+const JUDGED: usize = 16;
+/// Windows that go through a layer together.
+const BATCH: usize = 8;
+/// A transform is taken where the divergence falls below this part of that without one: less may be chance.
+const PAYS: f64 = 0.98;
+
+const CANDIDATES: [Preset; 5] = [Preset::SmoothQuant, Preset::Awq, Preset::QuaRot, Preset::SpinQuant, Preset::OstQuant];
+
+/// Why a preset is not tried.
+fn unfit(preset: Preset, anatomy: &Anatomy) -> Option<String> {
+    let turns = !matches!(preset, Preset::SmoothQuant | Preset::Awq);
+    if turns && anatomy.tied && anatomy.admits(Pair::Stream) {
+        // a head of its own costs more than it could bring
+        return Some("it would give a tied model a head of its own".into());
+    }
+    (preset == Preset::SpinQuant && !anatomy.admits(Pair::Stream))
+        .then(|| anatomy.refusal(Pair::Stream).unwrap_or_default().into())
+}
+
+/// The transforms that pay; `None`: none does. `make` makes those of a preset.
+pub fn choose(
+    args: &ConvertArgs,
+    options: &Options,
+    (path, input): (&Path, &Input),
+    anatomy: &Anatomy,
+    make: &dyn Fn(Preset) -> Result<Transforms, Failure>,
+) -> Result<Option<Transforms>, Failure> {
+    let say = |line: String| {
+        if !args.quiet {
+            print::stderr(&line);
+        }
+    };
+    if anatomy.spec.experts > 0 {
+        say("warning: --transform auto: mixtures of experts are not measured yet: none".into());
+        return Ok(None);
+    }
+    let r = &options.recipe;
+    let state = state_of(args.out().map_or(Path::new("transforms"), |p| p));
+    let request = words::Request {
+        words: &r.calibrate,
+        length: r.ctx.unwrap_or(512) as usize,
+        limit: Some(super::round::windows(r)),
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        state: &state,
+        quiet: args.quiet,
+    };
+    let length = request.length;
+    let tokens = Prepared::new((path, input), &request)?.tokens;
+    let judged = JUDGED.min(tokens.len() / length / 2) * length;
+    let (text, last) = tokens.split_at(tokens.len() - judged);
+    let text = &text[..text.len().min(WINDOWS * length)];
+    if judged == 0 || text.is_empty() {
+        say("warning: --transform auto: the text is too short to judge by: none".into());
+        return Ok(None);
+    }
+    let trial = Trial { args, options, path, text, last, length, state: &state.join("auto") };
+    let plain = trial.divergence(None)?;
+    say(format!("transform none: KLD {plain:.5} on {} windows held out", judged / length));
+    let mut best = (plain * PAYS, None);
+    for preset in CANDIDATES {
+        if let Some(why) = unfit(preset, anatomy) {
+            say(format!("transform {}: not tried: {why}", preset.name()));
+            continue;
+        }
+        let start = Instant::now();
+        let made = make(preset)?;
+        let kld = trial.divergence(Some(&made))?;
+        let seconds = start.elapsed().as_secs_f64();
+        say(format!("transform {}: KLD {kld:.5}, {:.3} of it, {seconds:.0} s", preset.name(), kld / plain));
+        if kld < best.0 {
+            best = (kld, Some(made));
+        }
+    }
+    let name = best.1.as_ref().map_or("none", |t| t.name.as_str());
+    say(format!("transform auto: {name}"));
+    Ok(best.1)
+}
+
+/// What all candidates have in common.
+struct Trial<'a> {
+    args: &'a ConvertArgs,
+    options: &'a Options,
+    path: &'a Path,
+    text: &'a [u32],
+    last: &'a [u32],
+    length: usize,
+    state: &'a Path,
+}
+
+impl Trial<'_> {
+    /// Divergence of the model, transformed and rounded, on the windows that judge.
+    fn divergence(&self, transforms: Option<&Transforms>) -> Result<f64, Failure> {
+        let Trial { args, options, path, length, .. } = *self;
+        let mut input = Input::open(path, options)?;
+        if let Some(t) = transforms {
+            input.transform(path, Arc::new(t.clone()))?;
+        }
+        let plan = Plan::new(&input, options, Some(&super::plan::supposed(&input)), Metadata::new())?;
+        let model = Model::new(path, &*input.source, &input.metadata)?;
+        let weights: u64 = input.source.tensors().iter().map(|t| t.elements() * 4).sum();
+        let needed = 2 * weights + student::least(&model, BATCH * length);
+        let room = args.max_memory.unwrap_or_else(super::round::available_memory);
+        if needed > room {
+            let why = format!("--transform auto needs {} of memory; {} are there", human(needed), human(room));
+            return Err(Failure::new(RESOURCE, why));
+        }
+        let pool = pool(args.threads())?;
+        let result = pool.install(|| {
+            let rounded = self.rounded(&plan, &input, &model)?;
+            let student = Student::new(&model, &rounded, 0, true)?;
+            let mut engine = Processor::new(&model, student, length, BATCH)?;
+            Ok(engine.loss(self.last)?)
+        });
+        forget(self.state);
+        result
+    }
+
+    /// The blocks of every tensor that the plan rounds.
+    fn rounded(&self, plan: &Plan, input: &Input, model: &Model<'_>) -> Result<BTreeMap<String, Rounded>, Failure> {
+        let types = super::round::types(plan, input);
+        if self.options.rounding == Rounding::Gptq {
+            let job = Job {
+                model,
+                tokens: self.text,
+                length: self.length,
+                types: types.clone(),
+                fingerprint: fingerprint::fingerprint(model.source()),
+                text: windows::digest(self.text),
+                one_pass: self.options.recipe.one_pass,
+                batch: BATCH,
+                backward: 0,
+                keep: true,
+                state: self.state,
+            };
+            run::run(&job, &mut Steps::new("layer", model.spec.layers, true))?;
+            return super::tune::rounded_of(plan, &RoundedTensors::open(self.state, types.into_iter())?);
+        }
+        let mut all = BTreeMap::new();
+        for (name, ty) in types {
+            let index = input.source.tensors().iter().position(|t| t.name == name).expect("the plan's tensors");
+            let t = &input.source.tensors()[index];
+            let mut values = vec![0f32; t.elements() as usize];
+            input.source.read_rows(index, 0..t.rows(), &mut values);
+            let mut bytes = vec![0; values.len() / ty.block_len() * ty.block_bytes()];
+            let format = formats::format(ty).expect("types of a plan can be encoded");
+            format
+                .encode(&values, t.row_len() as usize, None, &mut bytes)
+                .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
+            all.insert(name, Rounded { ty, bytes });
+        }
+        Ok(all)
+    }
+}
