@@ -22,7 +22,8 @@
 //!
 //! With a calibration text the codes are not the nearest ones: [`rounding`] fits them to the output of each layer and leaves
 //! blocks for [`convert`] to copy, and where a size is asked for, [`allocation`] chooses the types. [`tuning`]
-//! then moves what the blocks store, by gradient descent on the divergence of the predictions.
+//! then moves what the blocks store, by gradient descent on the divergence of the predictions. Weights may come through a
+//! [`transform`] that rotates and scales them; [`learning`] finds one.
 //!
 //! In [`formats`] each block format has a scalar definition that does what ggml's reference does, operation by
 //! operation. Its folder `simd` holds the same arithmetic for several blocks at once; it may be faster, never different.

@@ -237,3 +237,88 @@ fn a_file_for_another_model_is_refused() {
     change("\"version\":\"1\"", "\"version\":\"9\"");
     convert(model.path()).exits(3).says("format version is 9");
 }
+
+#[test]
+fn learned_transforms_are_written_and_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = fixture("tiny");
+    let tiny = tiny.to_str().unwrap();
+    let text = text(dir.path());
+    let (t, again) = (path(dir.path(), "t.safetensors"), path(dir.path(), "again.safetensors"));
+    let learn = |out: &str, more: &[&str]| {
+        let fixed = ["learn", tiny, "-o", out, "--steps", "3", "--calibrate", &text, "--ctx", "64", "--force"];
+        program::run([&fixed, more].concat())
+    };
+    for (method, target) in [("ostquant", "q4_0"), ("spinquant", "q8_0"), ("ostquant", "w4a4kv4")] {
+        let more = ["--method", method, "--for", target];
+        let ran = learn(&t, &more).exits(0);
+        assert!(ran.stderr.contains("KLD") && ran.stderr.contains(method), "{}", ran.stderr);
+        learn(&again, &[&more[..], &["--threads", "1", "-q"]].concat()).exits(0);
+        assert!(std::fs::read(&t).unwrap() == std::fs::read(&again).unwrap(), "{method} {target}: one thread");
+        let out = path(dir.path(), "out.gguf");
+        program::run([tiny, &out, "-t", "f32", "--transform", &t, "--force", "-q"]).exits(0);
+        let check = |more: &[&str]| {
+            let args = ["check", tiny, &out, "-f", &text, "--ctx", "64", "--json", "-q"];
+            let ran = program::run([&args, more].concat()).exits(0);
+            let report: Json = serde_json::from_str(&ran.stdout).unwrap();
+            report["models"][0]["summary"]["kld"]["value"].as_f64().unwrap()
+        };
+        let float = check(&[]);
+        assert!(float.abs() < 1e-5, "{method} {target}: the function moved: {float}");
+        let rough = check(&["--activations", "w4a4kv4"]);
+        assert!(rough > 1e-4 && check(&["--activations", "w8a8"]) < rough);
+        assert_ne!(check(&["--activations", "w4a4kv4", "--online-hadamard"]), rough);
+    }
+    learn(&t, &["--for", "w4a8", "--rotation-rate", "-1"]).exits(2);
+    learn(&t, &["--for", "q4_9"]).exits(2).says("q4_9");
+    learn(&t, &["--for", "q4_0", "--online-hadamard"]).exits(2).says("--online-hadamard");
+    program::run(["check", tiny, tiny, "-f", &text, "--activations", "w4"]).exits(2).says("w4a8");
+    program::run(["check", tiny, tiny, "-f", &text, "--online-hadamard"]).exits(2).says("--online-hadamard");
+    program::run(["transform", tiny, "--preset", "ostquant", "-o", &t, "--force"]).exits(2).says("learn");
+}
+
+#[test]
+fn auto_says_what_each_preset_gives_and_is_never_worse() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = fixture("tiny");
+    let tiny = tiny.to_str().unwrap();
+    let text = text(dir.path());
+    let out = path(dir.path(), "out.gguf");
+    for rounding in ["nearest", "gptq"] {
+        let ran = program::run([
+            tiny,
+            &out,
+            "-t",
+            "q8_0",
+            "--pure",
+            "--transform",
+            "auto",
+            "--calibrate",
+            &text,
+            "--ctx",
+            "64",
+            "--calibrate-tokens",
+            "2048",
+            "--rounding",
+            rounding,
+            "--force",
+        ])
+        .exits(0);
+        let of = |name: &str| -> Option<f64> {
+            let line = ran.stderr.lines().find(|l| l.starts_with(&format!("transform {name}: ")))?;
+            line.split("KLD ").nth(1)?.split([' ', ',']).next()?.parse().ok()
+        };
+        let plain = of("none").unwrap_or_else(|| panic!("{}", ran.stderr));
+        let line = ran.stderr.lines().find_map(|l| l.strip_prefix("transform auto: ")).unwrap();
+        let chosen = line.split('(').next().unwrap();
+        let best = ["smoothquant", "awq", "quarot", "spinquant", "ostquant"]
+            .iter()
+            .filter_map(|n| of(n))
+            .fold(plain, f64::min);
+        let own = of(chosen).unwrap();
+        assert!(own <= plain && (own == best || best > 0.98 * plain), "{rounding}: {}", ran.stderr);
+        let key = inspect(&out);
+        let key = self::key(&key, "ostq.transform").map(|k| k.as_str().unwrap().to_string());
+        assert_eq!(key.is_none(), chosen == "none", "{rounding}: {key:?} {chosen}");
+    }
+}
