@@ -254,3 +254,54 @@ fn activations_that_overflow_are_named_by_layer() {
         .says("blk.0.ffn_down");
     assert!(!out.exists());
 }
+
+/// `--hessian`: tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ), as a plain loop in f64 gives it.
+#[test]
+fn errors_weighted_by_second_moments_are_those_of_the_formula() {
+    use ostq_convert::calibration::hessian_file::HessianFile;
+    use ostq_convert::plan::{Input, Options, Recipe};
+
+    let dir = tempfile::tempdir().unwrap();
+    let text = text(dir.path());
+    let (hessian, out) = (dir.path().join("h.gguf"), dir.path().join("q.gguf"));
+    let imatrix = dir.path().join("i.gguf");
+    let args = os!["calibrate", fixture(), "-f", text, "--ctx", "64", "--hessian", hessian, "-o", imatrix, "-q"];
+    program::run(args).exits(0);
+    convert(&fixture(), &out, "q4_0");
+    let report = check(os![fixture(), out, "--text", text, "--ctx", "64", "--per-tensor", "--hessian", hessian]);
+    let file = HessianFile::open(&hessian).unwrap();
+    let open = |path: &Path| Input::open(path, &Options::resolve(Recipe::default()).unwrap()).unwrap();
+    let values = |input: &Input, name: &str| {
+        let index = input.source.tensors().iter().position(|t| t.name == name).unwrap();
+        let t = &input.source.tensors()[index];
+        let mut values = vec![0f32; t.elements() as usize];
+        input.source.read_rows(index, 0..t.rows(), &mut values);
+        values
+    };
+    let (reference, model) = (open(&fixture()), open(&out));
+    let mut seen = 0;
+    for row in report["models"][0]["tensors"].as_array().unwrap() {
+        let name = row["name"].as_str().unwrap();
+        let Some(entry) = file.entry(name) else {
+            assert!(row["weighted_error"].is_null(), "{name}");
+            continue;
+        };
+        let (n, h) = (entry.columns, file.matrix(name, 0).unwrap());
+        let (w, q) = (values(&reference, name), values(&model, name));
+        let form = |x: &[f64]| -> f64 {
+            let cell = |i: usize| (0..n).map(|j| x[i] * h[i * n + j] * x[j]).sum::<f64>();
+            (0..n).map(cell).sum()
+        };
+        let (mut error, mut size) = (0.0, 0.0);
+        for (w, q) in w.chunks_exact(n).zip(q.chunks_exact(n)) {
+            let w: Vec<f64> = w.iter().map(|v| f64::from(*v)).collect();
+            let d: Vec<f64> = w.iter().zip(q).map(|(w, q)| w - f64::from(*q)).collect();
+            (error, size) = (error + form(&d), size + form(&w));
+        }
+        let own = row["weighted_error"].as_f64().unwrap();
+        assert!((own - error / size).abs() < 1e-4 * (error / size), "{name}: {own} {}", error / size);
+        assert!((own - row["relative_error"].as_f64().unwrap()).abs() > 1e-3 * own, "{name}: H plays no part");
+        seen += 1;
+    }
+    assert!(seen >= 7, "{seen}");
+}

@@ -310,7 +310,7 @@ fn auto_says_what_each_preset_gives_and_is_never_worse() {
         };
         let plain = of("none").unwrap_or_else(|| panic!("{}", ran.stderr));
         let line = ran.stderr.lines().find_map(|l| l.strip_prefix("transform auto: ")).unwrap();
-        let chosen = line.split('(').next().unwrap();
+        let chosen = line.split(['(', ' ']).next().unwrap();
         let best = ["smoothquant", "awq", "quarot", "spinquant", "ostquant"]
             .iter()
             .filter_map(|n| of(n))

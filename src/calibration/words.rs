@@ -18,7 +18,7 @@ use crate::tokenizer::encode::TextEncoder;
 /// What files call text that the model wrote.
 pub const NAME: &str = "ostq-convert/self";
 /// Tokens of all texts where nothing says how many.
-pub const TOKENS: usize = 139_264;
+pub const TOKENS: usize = 131_072;
 /// Of the draws.
 const SEED: u64 = 0;
 /// In the state folder.

@@ -94,7 +94,7 @@ pub struct ConvertArgs {
     imatrix: Option<PathBuf>,
     /// Make an importance matrix from this text first; several times for several texts. `builtin`: a small general corpus
     /// that ships with the program. `self`: the model writes text itself, as much as the other texts leave of
-    /// --calibrate-tokens (139264).
+    /// --calibrate-tokens (131072).
     #[arg(long, value_name = "TEXT", conflicts_with = "imatrix", help_heading = "Importance")]
     calibrate: Vec<PathBuf>,
     /// At most so many tokens of it, in whole windows.
@@ -103,7 +103,8 @@ pub struct ConvertArgs {
     /// Tokens of a window of --calibrate and --check [default: 512].
     #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(8..))]
     ctx: Option<u32>,
-    /// How weights become codes: nearest (as llama.cpp), gptq (fitted to the output of each layer, needs --calibrate), or
+    /// How weights become codes: nearest (with importance, scales searched further
+    /// than llama.cpp does), gptq (fitted to the output of each layer, needs --calibrate), or
     /// auto: gptq where there is a calibration [default: auto].
     #[arg(long, value_name = "HOW", help_heading = "Importance")]
     rounding: Option<String>,

@@ -81,7 +81,7 @@ pub fn choose(
     }
     let trial = Trial { args, options, path, text, last, length, state: &state.join("auto") };
     let plain = trial.divergence(None)?;
-    say(format!("transform none: KLD {plain:.5} on {} windows held out", judged / length));
+    say(format!("transform none: KLD {plain:.6} on {} windows held out", judged / length));
     let mut best = (plain * PAYS, None);
     for preset in CANDIDATES {
         if let Some(why) = unfit(preset, anatomy) {
@@ -92,7 +92,7 @@ pub fn choose(
         let made = make(preset)?;
         let kld = trial.divergence(Some(&made))?;
         let seconds = start.elapsed().as_secs_f64();
-        say(format!("transform {}: KLD {kld:.5}, {:.3} of it, {seconds:.0} s", preset.name(), kld / plain));
+        say(format!("transform {}: KLD {kld:.6}, {:.3} of it, {seconds:.0} s", preset.name(), kld / plain));
         if kld < best.0 {
             best = (kld, Some(made));
         }

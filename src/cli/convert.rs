@@ -72,6 +72,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         plan,
         imatrix: imatrix.as_ref(),
         rounded: rounded.as_ref(),
+        search: options.search,
         memory,
         output: &out,
         force: args.force,

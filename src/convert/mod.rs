@@ -55,6 +55,8 @@ pub struct Run<'a> {
     pub imatrix: Option<&'a Imatrix>,
     /// Tensors whose blocks are there already.
     pub rounded: Option<&'a RoundedTensors>,
+    /// Search scales of weighted tensors better than llama.cpp does.
+    pub search: bool,
     pub memory: Memory,
     pub output: &'a Path,
     pub force: bool,

@@ -12,6 +12,7 @@ use crate::formats::{self, BlockFormat, FormatError};
 use crate::gguf::GgmlType;
 use crate::plan::PlannedTensor;
 use crate::plan::memory::rows_per_item;
+use crate::rounding::weighted;
 
 /// A tensor that cannot be converted: which, where, why.
 #[derive(Debug, thiserror::Error)]
@@ -196,8 +197,12 @@ fn encode(
         overflows += round_through(&fail, t.via, values, rounded, row_len)?;
     }
     let format = format_of(t.ty);
-    let encoded = format.encode(values, row_len, importance(run, t, row), bytes);
-    encoded.map_err(|source| fail.format(source, t.ty, values))?;
+    let weights = importance(run, t, row);
+    let searched = run.search && weights.is_some_and(|w| weighted::encode(t.ty, values, w, bytes));
+    if !searched {
+        let encoded = format.encode(values, row_len, weights, bytes);
+        encoded.map_err(|source| fail.format(source, t.ty, values))?;
+    }
     if t.ty == GgmlType::F16 {
         overflows += fail.f16_overflows(values, bytes)?;
     } else {

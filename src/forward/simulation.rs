@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use rayon::prelude::*;
 
+use super::kernels::vectorized;
 use crate::linalg::hadamard::Fast;
 
 /// Widths in bits; 16: as it is.
@@ -93,38 +94,71 @@ fn rotated(x: &mut [f32], columns: usize, rotate: bool, round: impl Fn(&mut [f32
     });
 }
 
-/// Integers from the smallest to the largest value, 0 among them (QuaRot, SpinQuant: per-token asymmetric).
-pub fn asymmetric(bits: u8, x: &mut [f32]) {
-    let (low, high) = x.iter().fold((0f32, 0f32), |(l, h), v| (l.min(*v), h.max(*v)));
-    let most = ((1u32 << bits) - 1) as f32;
-    let scale = (high - low) / most;
-    if scale == 0.0 {
-        return;
+vectorized! {
+    /// Integers from the smallest to the largest value, 0 among them (QuaRot, SpinQuant: per-token asymmetric).
+    pub fn asymmetric(bits: u8, x: &mut [f32]) {
+        let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for i in 0..LANES {
+                low[i] = low[i].min(x[i]);
+                high[i] = high[i].max(x[i]);
+            }
+        }
+        let low = rest.iter().chain(&low).fold(0f32, |a, b| a.min(*b));
+        let high = rest.iter().chain(&high).fold(0f32, |a, b| a.max(*b));
+        let most = ((1u32 << bits) - 1) as f32;
+        let scale = (high - low) / most;
+        if scale == 0.0 {
+            return;
+        }
+        let (inverse, zero) = (1.0 / scale, nearest(-low / scale));
+        x.iter_mut().for_each(|v| *v = ((nearest(*v * inverse) + zero).max(0.0).min(most) - zero) * scale);
     }
-    let zero = (-low / scale).round_ties_even();
-    x.iter_mut().for_each(|v| *v = (((*v / scale).round_ties_even() + zero).clamp(0.0, most) - zero) * scale);
 }
 
-/// Clips of a row that are tried: parts of its largest value.
-const CLIPS: usize = 26;
+/// Lanes of a sum.
+const LANES: usize = 16;
 
-/// Integers `-2^(bits-1)` to `2^(bits-1) - 1` with the scale, clipped to parts of the largest value, that errs least.
-pub fn symmetric(bits: u8, x: &mut [f32]) {
-    let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-    if largest == 0.0 {
-        return;
-    }
-    let most = ((1u32 << (bits - 1)) - 1) as f32;
-    let round = |v: f32, scale: f32| (v / scale).round_ties_even().clamp(-most - 1.0, most) * scale;
-    let mut best = (f32::INFINITY, largest / most);
-    for i in 0..CLIPS {
-        let scale = largest / most * (1.0 - i as f32 * 0.5 / (CLIPS - 1) as f32);
-        let error: f32 = x.iter().map(|v| (round(*v, scale) - v).powi(2)).sum();
-        if error < best.0 {
-            best = (error, scale);
+/// The nearest integer, ties to even; right below 2²².
+#[inline(always)]
+fn nearest(v: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (v + MAGIC) - MAGIC
+}
+
+/// Clips of a row that are tried: parts of its largest value, from 1 down to a half.
+const CLIPS: usize = 16;
+
+vectorized! {
+    /// Integers `-2^(bits-1)` to `2^(bits-1) - 1` with the scale, clipped to parts of the largest value, that errs least.
+    pub fn symmetric(bits: u8, x: &mut [f32]) {
+        let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+        if largest == 0.0 {
+            return;
         }
+        let most = ((1u32 << (bits - 1)) - 1) as f32;
+        let mut best = (f32::INFINITY, largest / most);
+        for i in 0..CLIPS {
+            let scale = largest / most * (1.0 - i as f32 * 0.5 / (CLIPS - 1) as f32);
+            let inverse = 1.0 / scale;
+            let mut sums = [0f32; LANES];
+            let (whole, rest) = x.as_chunks::<LANES>();
+            let error = |v: f32| nearest(v * inverse).max(-most - 1.0).min(most) * scale - v;
+            for x in whole {
+                for i in 0..LANES {
+                    let e = error(x[i]);
+                    sums[i] += e * e;
+                }
+            }
+            let error = sums.iter().sum::<f32>() + rest.iter().map(|v| error(*v) * error(*v)).sum::<f32>();
+            if error < best.0 {
+                best = (error, scale);
+            }
+        }
+        let (scale, inverse) = (best.1, 1.0 / best.1);
+        x.iter_mut().for_each(|v| *v = nearest(*v * inverse).max(-most - 1.0).min(most) * scale);
     }
-    x.iter_mut().for_each(|v| *v = round(*v, best.1));
 }
 
 #[cfg(test)]

@@ -102,6 +102,8 @@ pub struct Options {
     pub target: Target,
     pub via: Via,
     pub rounding: Rounding,
+    /// Where rounding is to nearest: search scales better than llama.cpp does ([`crate::rounding::weighted`]).
+    pub search: bool,
     /// The size that types are allocated for.
     pub budget: Option<Budget>,
     /// Types that an allocation may use; empty: the default.
@@ -155,6 +157,7 @@ impl Options {
             Some("gptq") => Rounding::Gptq,
             Some(other) => return Err(format!("--rounding: `{other}` is not nearest, gptq or auto")),
         };
+        let search = !r.exact && r.rounding.as_deref().is_some_and(|w| w.eq_ignore_ascii_case("nearest"));
         if rounding == Rounding::Gptq && !r.prune_layers.is_empty() {
             return Err("--prune-layers leaves another model: write it with --outtype bf16, then round that".into());
         }
@@ -218,6 +221,7 @@ impl Options {
             target,
             via,
             rounding,
+            search,
             budget,
             types,
             output_tensor_type: one("--output-tensor-type", &r.output_tensor_type)?,

@@ -3,7 +3,7 @@
 //! | word | is |
 //! |---|---|
 //! | exact | llama.cpp's bytes (`--exact`) |
-//! | fast | llama.cpp's mix and its search, weighted by an importance matrix of the built-in text |
+//! | fast | llama.cpp's mix, nearest codes; scales searched, weighted by an importance matrix of the built-in text |
 //! | balanced | types allocated at the size of the mix, GPTQ with corrected targets |
 //! | best | balanced, and tuning |
 //!

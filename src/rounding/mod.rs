@@ -23,6 +23,7 @@ pub mod state;
 pub mod step;
 pub mod streams;
 pub mod target;
+pub mod weighted;
 
 pub use factor::Factor;
 
