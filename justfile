@@ -61,6 +61,11 @@ quality MODEL *TYPES:
     cargo build --release
     benches/quality.sh {{ MODEL }} {{ shared }}/text/calibration.txt {{ shared }}/text/evaluation.txt {{ TYPES }}
 
+# What transforms are worth: every preset in every type, rounded in every way; long
+quality-transforms MODEL *TYPES:
+    cargo build --release
+    benches/transforms.sh {{ MODEL }} {{ shared }}/text/calibration.txt {{ shared }}/text/evaluation.txt {{ TYPES }}
+
 # Rate of the forward pass next to that of one large product
 bench-forward *ARGS:
     cargo run --release --example bench_forward -- {{ ARGS }}

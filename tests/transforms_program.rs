@@ -253,6 +253,7 @@ fn learned_transforms_are_written_and_used() {
         let more = ["--method", method, "--for", target];
         let ran = learn(&t, &more).exits(0);
         assert!(ran.stderr.contains("KLD") && ran.stderr.contains(method), "{}", ran.stderr);
+        assert!(!dir.path().join("t.safetensors.ostq-state").exists(), "what a run keeps goes with it");
         learn(&again, &[&more[..], &["--threads", "1", "-q"]].concat()).exits(0);
         assert!(std::fs::read(&t).unwrap() == std::fs::read(&again).unwrap(), "{method} {target}: one thread");
         let out = path(dir.path(), "out.gguf");

@@ -54,7 +54,7 @@ pub struct LearnArgs {
     /// Windows of a step.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
-    /// Rate of rotations at the start [default: 0.002].
+    /// Rate of rotations at the start [default: 0.01].
     #[arg(long, value_name = "X")]
     rotation_rate: Option<f64>,
     /// Rate of scales at the start, relative [default: 0.01].

@@ -30,9 +30,8 @@ pub struct Settings {
     pub every: usize,
 }
 
-/// Rate of rotations. Directions are of size 1 per element, of which a row has as many as the stream is wide: OSTQuant's 0.017 is
-/// for 4096 columns and batches of 64 thousand tokens; less was better here (docs/quality.md).
-const ROTATION: f64 = 0.002;
+/// Rate of rotations; OSTQuant's code has 0.017 for batches of 32 thousand tokens (docs/quality.md has what was measured here).
+const ROTATION: f64 = 0.01;
 /// Rate of scales.
 const SCALE: f64 = 0.01;
 

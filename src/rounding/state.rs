@@ -132,7 +132,13 @@ pub fn forget(folder: &Path) {
             || (name.ends_with(".f32") && name.starts_with("rounding-"))
             || matches!(
                 &*name,
-                "rounding.json" | "rounding.json.new" | "allocation.json" | "tuning.state" | "tuning.new"
+                "rounding.json"
+                    | "rounding.json.new"
+                    | "allocation.json"
+                    | "tuning.state"
+                    | "tuning.new"
+                    | "learning.state"
+                    | "learning.new"
             )
         {
             let _ = std::fs::remove_file(entry.path());
