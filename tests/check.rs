@@ -265,10 +265,11 @@ fn errors_weighted_by_second_moments_are_those_of_the_formula() {
     let text = text(dir.path());
     let (hessian, out) = (dir.path().join("h.gguf"), dir.path().join("q.gguf"));
     let imatrix = dir.path().join("i.gguf");
-    let args = os!["calibrate", fixture(), "-f", text, "--ctx", "64", "--hessian", hessian, "-o", imatrix, "-q"];
-    program::run(args).exits(0);
-    convert(&fixture(), &out, "q4_0");
-    let report = check(os![fixture(), out, "--text", text, "--ctx", "64", "--per-tensor", "--hessian", hessian]);
+    let fixture = fixture();
+    program::run(os!["calibrate", fixture, "-f", text, "--ctx", "64", "--hessian", hessian, "-o", imatrix, "-q"])
+        .exits(0);
+    convert(&fixture, &out, "q4_0");
+    let report = check(os![fixture, out, "--text", text, "--ctx", "64", "--per-tensor", "--hessian", hessian]);
     let file = HessianFile::open(&hessian).unwrap();
     let open = |path: &Path| Input::open(path, &Options::resolve(Recipe::default()).unwrap()).unwrap();
     let values = |input: &Input, name: &str| {
@@ -278,7 +279,7 @@ fn errors_weighted_by_second_moments_are_those_of_the_formula() {
         input.source.read_rows(index, 0..t.rows(), &mut values);
         values
     };
-    let (reference, model) = (open(&fixture()), open(&out));
+    let (reference, model) = (open(&fixture), open(&out));
     let mut seen = 0;
     for row in report["models"][0]["tensors"].as_array().unwrap() {
         let name = row["name"].as_str().unwrap();

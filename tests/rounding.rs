@@ -132,3 +132,26 @@ fn a_trained_model_comes_out_nearer() {
     let (gptq, nearest) = (kld("gptq"), kld("nearest"));
     assert!(gptq < 0.8 * nearest, "{gptq} of {nearest}");
 }
+
+/// A conversion that rounds says at its end what it came to, type by type; the numbers are those of `inspect`.
+#[test]
+fn a_conversion_ends_with_a_table_of_its_types() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, out, text) = (fixture("tiny"), dir.path().join("a.gguf"), text(dir.path()));
+    let args = [input.to_str().unwrap(), out.to_str().unwrap(), "-t", "q4_0", "--calibrate", &text, "--ctx", "64"];
+    let ran = program::run(args).exits(0);
+    let rows: Vec<Vec<&str>> = ran.stderr.lines().map(|l| l.split_whitespace().collect()).collect();
+    let at = rows.iter().position(|r| r.first() == Some(&"type")).unwrap_or_else(|| panic!("{}", ran.stderr));
+    let json = program::run(["inspect", out.to_str().unwrap(), "--json"]).exits(0).stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let mut seen = 0;
+    for row in rows[at + 1..].iter().take_while(|r| r.len() == 5) {
+        let tensors = json["tensors"].as_array().unwrap().iter().filter(|t| t["type"].as_str() == Some(row[0]));
+        assert_eq!(row[1], tensors.count().to_string(), "{row:?}");
+        let error: f64 = row[4].parse().unwrap();
+        assert_eq!(error == 0.0, row[0] == "f32", "{row:?}");
+        seen += 1;
+    }
+    assert!(seen >= 2, "{}", ran.stderr);
+    assert!(!program::run([&args[..], &["--force", "-q"]].concat()).exits(0).stderr.contains("relative error"));
+}

@@ -134,7 +134,8 @@ fn an_importance_matrix_is_carried_over_scales() {
     program::run(preset).exits(0);
     let base = [tiny, &own, "-t", "q4_0", "--transform", &t, "-q"];
     program::run([&base[..], &["--calibrate", &text, "--ctx", "64", "--rounding", "nearest"]].concat()).exits(0);
-    program::run([tiny, &carried, "-t", "q4_0", "--transform", &t, "-q", "--imatrix", &im]).exits(0);
+    let base = [tiny, &carried, "-t", "q4_0", "--transform", &t, "-q"];
+    program::run([&base[..], &["--imatrix", &im, "--rounding", "nearest"]].concat()).exits(0);
     let (own, carried) = (inspect(&own), inspect(&carried));
     // sums in another order may tip single codes
     let tensors = |v: &Json| v["tensors"].as_array().unwrap().clone();

@@ -24,8 +24,8 @@ use crate::check::windows::Windows;
 use crate::forward::{Activations, Model};
 use crate::gguf;
 use crate::output;
-use crate::plan::FileType;
 use crate::plan::memory::human;
+use crate::plan::{FileType, Rounding};
 use crate::transform::{Pair, Transforms};
 
 /// What to compare, on what.
@@ -237,7 +237,9 @@ pub fn after(args: &ConvertArgs, out: &Path, transforms: Option<Arc<Transforms>>
         };
         return compared(args, transforms);
     }
-    if !args.per_tensor {
+    // where rounding took minutes, reading the file back takes seconds
+    let by_type = args.options()?.rounding == Rounding::Gptq && !args.quiet;
+    if !args.per_tensor && !by_type {
         return Ok(());
     }
     let mut reference = Opened::new(source)?;
@@ -245,12 +247,43 @@ pub fn after(args: &ConvertArgs, out: &Path, transforms: Option<Arc<Transforms>>
         reference.input.transform(source, t)?;
     }
     let rows = tensor_rows(&reference, &Opened::new(out)?, Weighting::None)?;
+    if !args.per_tensor {
+        print::stderr(types(&rows).trim_end());
+        return Ok(());
+    }
     let mut table = vec![["tensor", "type", "bpw", "relative error"].map(String::from).to_vec()];
     for t in rows {
         let (bits, error) = (format!("{:.2}", t.bits_per_weight), format!("{:.3e}", t.relative_error));
         table.push(vec![t.name, t.type_name, bits, error]);
     }
     print::stdout(print::table(&table, &[false, false, true, true]).as_bytes())
+}
+
+/// What a conversion came to, by type: tensors, weights, bits, and the error over all their weights as if each weighed alike.
+fn types(rows: &[TensorRow]) -> String {
+    let mut all: Vec<(&str, Vec<&TensorRow>)> = Vec::new();
+    for row in rows {
+        match all.iter_mut().find(|(ty, _)| *ty == row.type_name) {
+            Some((_, rows)) => rows.push(row),
+            None => all.push((&row.type_name, vec![row])),
+        }
+    }
+    all.sort_by_key(|(_, rows)| std::cmp::Reverse(rows.iter().map(|r| r.weights).sum::<u64>()));
+    let mut table = vec![["type", "tensors", "weights", "bpw", "relative error"].map(String::from).to_vec()];
+    for (ty, rows) in all {
+        let weights: u64 = rows.iter().map(|r| r.weights).sum();
+        let mean = |of: &dyn Fn(&TensorRow) -> f64| {
+            rows.iter().map(|r| of(r) * r.weights as f64).sum::<f64>() / weights.max(1) as f64
+        };
+        table.push(vec![
+            ty.to_string(),
+            rows.len().to_string(),
+            weights.to_string(),
+            format!("{:.2}", mean(&|r| r.bits_per_weight)),
+            format!("{:.2e}", mean(&|r| r.relative_error)),
+        ]);
+    }
+    print::table(&table, &[false, true, true, true, true])
 }
 
 /// The text as windows, cut by the models' own tokenizer.

@@ -91,32 +91,30 @@ fn settle(options: &mut Options, input: &mut Input, path: &std::path::Path) -> R
     if options.rounding != Rounding::Gptq {
         return Ok(());
     }
-    let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
-    let word = options.recipe.quality.is_some();
-    let why = if mixture {
-        Some("GPTQ cannot round mixtures of experts yet".to_string())
-    } else if word {
-        let model = crate::forward::Model::new(path, &*input.source, &input.metadata).map(drop);
-        let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
-        model.map_err(|e| e.to_string()).and_then(|()| encoder.map_err(|e| e.to_string())).err()
-    } else {
-        None
-    };
-    let Some(why) = why else { return Ok(()) };
-    let mut r = options.recipe.clone();
-    if word {
-        (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
-        r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
-    } else if r.rounding.is_some() {
+    if options.recipe.quality.is_none() {
         return Ok(());
     }
-    r.rounding = Some("nearest".into());
-    if !mixture {
-        r.calibrate.clear();
+    let mut r = options.recipe.clone();
+    let without =
+        |r: &mut crate::plan::Recipe| (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
+    let model = crate::forward::Model::new(path, &*input.source, &input.metadata).map(|m| m.spec.experts > 0);
+    let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
+    match model.map_err(|e| e.to_string()).and_then(|m| encoder.map(|()| m).map_err(|e| e.to_string())) {
+        Ok(false) => return Ok(()),
+        Ok(true) => {
+            // there is no backward pass for experts, and no cache to write text with
+            without(&mut r);
+            r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
+            input.warnings.push("a mixture of experts: types are the mix's, nothing is tuned".into());
+        }
+        Err(why) => {
+            without(&mut r);
+            r.calibrate.clear();
+            r.rounding = Some("nearest".into());
+            let how = "rounding to nearest, as llama.cpp does without an importance matrix";
+            input.warnings.push(format!("{why}: {how}"));
+        }
     }
-    let with =
-        if r.calibrate.is_empty() { "as llama.cpp does without an importance matrix" } else { "with importance" };
-    input.warnings.push(format!("{why}: rounding to nearest, {with}"));
     *options = Options::resolve(r).map_err(|e| Failure::new(super::USAGE, e))?;
     Ok(())
 }

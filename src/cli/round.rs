@@ -34,7 +34,8 @@ fn coarse_embedding(plan: &Plan) -> bool {
 pub fn types(plan: &Plan, input: &Input) -> BTreeMap<String, GgmlType> {
     let wanted = |t: &&crate::plan::PlannedTensor| {
         let stored = input.source.tensors()[t.source].stored;
-        t.ty.is_quantized() && t.ty != stored && t.dims.len() == 2 && t.name.ends_with(".weight")
+        let matrix = t.dims.len() == 2 || t.name.ends_with("_exps.weight");
+        t.ty.is_quantized() && t.ty != stored && matrix && t.name.ends_with(".weight")
     };
     plan.tensors.iter().filter(wanted).map(|t| (t.name.clone(), t.ty)).collect()
 }
@@ -108,7 +109,8 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         text: digest(tokens),
         one_pass: recipe.one_pass,
         batch,
-        backward: coarse_embedding(plan) as usize * BACKWARD,
+        // a mixture has no backward pass
+        backward: (coarse_embedding(plan) && spec.experts == 0) as usize * BACKWARD,
         keep,
         state: &state,
     };

@@ -91,10 +91,17 @@ pub enum FeedForward {
         up: Linear,
         down: Linear,
     },
-    /// Experts are loaded when their turn comes.
+    /// Experts are loaded when their turn comes: from the model, or those of `rounded`.
     Experts {
         router: Linear,
+        rounded: Option<Box<dyn Experts>>,
     },
+}
+
+/// Where a layer's experts come from, if not from the model.
+pub trait Experts: Send + Sync {
+    /// Gate, up and down of expert `e`.
+    fn expert(&self, e: usize) -> Result<[Linear; 3], ForwardError>;
 }
 
 /// Weights of a layer.
@@ -287,24 +294,40 @@ impl Layer {
                 show(observer, &[&down.name], &s.gate, (pass.length, down.inputs))?;
                 down.run(&mut Input::new(&s.gate, &mut s.rounded), &mut s.branch);
             }
-            FeedForward::Experts { router } => self.experts(pass, router, &input, s, observer)?,
+            FeedForward::Experts { router, rounded } => {
+                self.experts(pass, (router, rounded.as_deref()), &input, s, observer)?;
+            }
         }
         s.normed = input;
         Ok(())
     }
 
+    /// `x += feed_forward(x)`.
+    pub fn add_feed_forward(&self, pass: &Pass<'_>, x: &mut [f32], s: &mut Scratch) -> Result<(), ForwardError> {
+        self.feed_forward(pass, x, s, &mut ())?;
+        self.add_branch(pass, x, s, &self.ffn_post_norm);
+        Ok(())
+    }
+
+    /// The experts of every token of `input`, `experts_used` each, with their weights; none for a dense layer.
+    pub fn routes(&self, pass: &Pass<'_>, input: &[f32], s: &mut Scratch) -> Vec<(usize, f32)> {
+        let FeedForward::Experts { router, .. } = &self.ffn else { return Vec::new() };
+        let spec = &pass.model.spec;
+        router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
+        route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale)
+    }
+
     fn experts(
         &self,
         pass: &Pass<'_>,
-        router: &Linear,
+        (router, rounded): (&Linear, Option<&dyn Experts>),
         input: &[f32],
         s: &mut Scratch,
         observer: &mut dyn Observer,
     ) -> Result<(), ForwardError> {
         let spec = &pass.model.spec;
         show(observer, &[&router.name], input, (pass.length, spec.embed))?;
-        router.run(&mut Input::new(input, &mut s.rounded), &mut s.gate);
-        let chosen = route(&s.gate, spec.experts, spec.experts_used, spec.expert_scale);
+        let chosen = self.routes(pass, input, s);
         s.branch.clear();
         s.branch.resize(input.len(), 0.0);
         let (mut rows, mut out) = (Vec::new(), Vec::new());
@@ -317,7 +340,10 @@ impl Layer {
             if mine.is_empty() {
                 continue;
             }
-            let [gate, up, down] = pass.model.expert(self.index, e, pass.activations)?;
+            let [gate, up, down] = match rounded {
+                Some(rounded) => rounded.expert(e)?,
+                None => pass.model.expert(self.index, e, pass.activations)?,
+            };
             rows.clear();
             for &(t, _) in &mine {
                 rows.extend_from_slice(&input[t * spec.embed..(t + 1) * spec.embed]);

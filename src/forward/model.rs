@@ -251,7 +251,7 @@ impl<'a> Model<'a> {
             ["attn_q", "attn_k", "attn_v"].map(|n| self.whole(&name(n), activations))
         };
         let ffn = if s.experts > 0 {
-            FeedForward::Experts { router: self.whole(&name("ffn_gate_inp"), activations)? }
+            FeedForward::Experts { router: self.whole(&name("ffn_gate_inp"), activations)?, rounded: None }
         } else {
             let down = self.whole(&name("ffn_down"), activations)?;
             let (gate, up) = if self.has(&name("ffn_gate")) {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::run::Job;
 use super::site::Site;
 
-use super::state::{self, Report};
+use super::state::Report;
 use super::{RoundingError, matrix};
 use crate::calibration::stages::Stages;
 use crate::forward::layer::Linear;
@@ -16,25 +16,36 @@ use crate::gguf::GgmlType;
 /// Damping of the Hessian, as a part of the mean of its diagonal.
 pub const DAMPING: f64 = 0.01;
 
-/// Rounds the weights `linears` of a site and writes their blocks; what the rounded stream goes on with.
+/// Weights of a site, rounded.
+#[derive(Default)]
+pub struct Fitted {
+    /// What the rounded stream goes on with, for each linear.
+    pub values: Vec<Vec<f32>>,
+    /// Blocks by tensor; those of parts of a fused weight stand one behind the other.
+    pub blocks: Vec<(String, Vec<u8>)>,
+    pub reports: Vec<Report>,
+}
+
+/// Rounds the weights `linears` of a site; `damping` of its Hessian, as a part of the mean of the diagonal.
 pub fn round(
     job: &Job<'_>,
     mut site: Site,
     linears: &[&Linear],
-    reports: &mut Vec<Report>,
+    damping: f64,
     stages: &mut Stages,
-) -> Result<Vec<Vec<f32>>, RoundingError> {
+) -> Result<Fitted, RoundingError> {
     let n = linears[0].inputs;
     let ty = |l: &Linear| job.types.get(&l.name).copied();
     let wanted: Vec<(&Linear, GgmlType)> = linears.iter().filter_map(|l| Some((*l, ty(l)?))).collect();
     let mut rounded = Vec::new();
+    let (mut blocks, mut reports): (Vec<(String, Vec<u8>)>, Vec<Report>) = Default::default();
     if !wanted.is_empty() {
         stages.time("sums", || site.close())?;
         let weights: Vec<&[f32]> = wanted.iter().map(|(l, _)| &l.weight[..]).collect();
         let targets = stages.time("targets", || site.targets(&weights))?;
         let target = |i: usize| targets.as_ref().map_or(weights[i], |t| &t[i]);
-        let factor = stages.time("factor", || site.factor(DAMPING))?;
-        let note = if factor.damping > DAMPING {
+        let factor = stages.time("factor", || site.factor(damping))?;
+        let note = if factor.damping > damping {
             Some(format!("its Hessian needed a damping of {}", factor.damping))
         } else if site.tokens() < n as u64 {
             Some(format!("{} tokens for {n} columns", site.tokens()))
@@ -46,7 +57,6 @@ pub fn round(
             stages.time("rounding", || wanted.par_iter().enumerate().map(one).collect::<Result<_, RoundingError>>())?;
         drop(targets);
         let check = Instant::now();
-        let mut blocks: Vec<(&str, Vec<u8>)> = Vec::new();
         for ((l, ty), mut r) in wanted.iter().zip(all) {
             let mut held_out = None;
             if site.holds_out() {
@@ -72,16 +82,14 @@ pub fn round(
             // parts of a fused weight stand one behind the other
             match blocks.last_mut().filter(|(name, _)| *name == l.name) {
                 Some((_, bytes)) => bytes.extend(r.bytes),
-                None => blocks.push((&l.name, r.bytes)),
+                None => blocks.push((l.name.clone(), r.bytes)),
             }
             rounded.push(r.values);
         }
         stages.add("held-out check", check.elapsed());
-        for (name, bytes) in blocks {
-            state::write_blocks(job.state, name, &bytes)?;
-        }
     }
     let mut rounded = rounded.into_iter();
     let of = |l: &&Linear| ty(l).and_then(|_| rounded.next()).unwrap_or_else(|| l.weight.clone());
-    Ok(linears.iter().map(of).collect())
+    let values = linears.iter().map(of).collect();
+    Ok(Fitted { values, blocks, reports })
 }

@@ -10,6 +10,7 @@
 pub mod codebook;
 pub mod codebook_gptq;
 pub mod codebook_refine;
+mod experts;
 pub mod factor;
 pub mod fit;
 pub mod gptq;
@@ -46,8 +47,6 @@ pub enum RoundingError {
     Moments(#[from] MomentsError),
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },
-    #[error("mixtures of experts cannot be rounded with GPTQ yet; take --rounding nearest")]
-    Experts,
     #[error("interrupted; what is done is kept, the same command goes on from there")]
     Interrupted,
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use super::fit::{self, DAMPING};
+use super::fit::{self, DAMPING, Fitted};
 use super::site::{self, Site, is_held_out};
 use super::state::{self, Key, Report, State};
 
@@ -138,15 +138,15 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     Ok(work.reports)
 }
 
-struct Work<'a> {
-    job: &'a Job<'a>,
-    runner: Runner<'a>,
+pub(super) struct Work<'a> {
+    pub job: &'a Job<'a>,
+    pub runner: Runner<'a>,
     reports: Vec<Report>,
     /// In memory: what a step leaves to the next.
     kept: Option<Pair>,
     /// Buffers of [`Step::input`] of both paths, that the next call makes its result in.
     spare: [Vec<f32>; 2],
-    stages: Stages,
+    pub stages: Stages,
 }
 
 impl Work<'_> {
@@ -212,7 +212,10 @@ impl Work<'_> {
         let mut rounded = if job.one_pass { None } else { Some(job.model.layer(l, Activations::F32)?) };
         self.stages.add("reading weights", start.elapsed());
         for step in Step::ALL {
-            let linears = step.linears(&float).ok_or(RoundingError::Experts)?;
+            let Some(linears) = step.linears(&float) else {
+                // a mixture: both steps in one
+                return self.experts(l, &float, rounded.as_mut(), to);
+            };
             let columns = linears[0].inputs;
             let mut kept = match (step.leads_back(), self.kept.take()) {
                 (true, None) => Some(Pair::in_files(job, step.name(), columns)?),
@@ -221,7 +224,8 @@ impl Work<'_> {
             let from = if step.is_attention() { from } else { None };
             let keep = kept.as_mut().filter(|_| step.leads_back());
             let site = self.collect(step, (&float, rounded.as_ref()), from.unwrap_or(to), columns, keep)?;
-            let values = fit::round(job, site, &linears, &mut self.reports, &mut self.stages)?;
+            let Fitted { values, blocks, reports } = fit::round(job, site, &linears, DAMPING, &mut self.stages)?;
+            self.done(blocks, reports)?;
             if let Some(linears) = rounded.as_mut().and_then(|r| step.linears_mut(r)) {
                 linears.into_iter().zip(values).for_each(|(l, v)| l.weight = v);
             }
@@ -236,7 +240,7 @@ impl Work<'_> {
     }
 
     /// Tokens from which each batch starts, and the values that it has of a row of `columns`.
-    fn batches(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+    pub(super) fn batches(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (all, step) = (self.job.tokens.len(), self.job.batch * self.job.length);
         (0..all).step_by(step).map(move |at| (at, step.min(all - at)))
     }
@@ -342,7 +346,18 @@ impl Work<'_> {
             site.add(&x, stream.rounded.as_ref().map(|_| &r[..]), is_held_out(w, windows, length))?;
         }
         let head = job.model.head(Activations::F32)?;
-        fit::round(job, site, &[&head], &mut self.reports, &mut self.stages)?;
+        let fitted = fit::round(job, site, &[&head], DAMPING, &mut self.stages)?;
+        self.done(fitted.blocks, fitted.reports)
+    }
+
+    /// Writes the blocks of tensors that are finished.
+    pub(super) fn done(
+        &mut self,
+        blocks: Vec<(String, Vec<u8>)>,
+        reports: Vec<state::Report>,
+    ) -> Result<(), RoundingError> {
+        blocks.iter().try_for_each(|(name, bytes)| state::write_blocks(self.job.state, name, bytes))?;
+        self.reports.extend(reports);
         Ok(())
     }
 }

@@ -80,7 +80,12 @@ impl Site {
     /// activations are like no others).
     pub fn add(&mut self, x: &[f32], rounded: Option<&[f32]>, held_out: bool) -> Result<(), MomentsError> {
         let n = self.n;
-        let (mut x, mut rounded) = (&x[n..], rounded.map(|r| &r[n..]));
+        self.add_rows(&x[n..], rounded.map(|r| &r[n..]), held_out)
+    }
+
+    /// Adds rows of `x` and, on two paths, of `x̂`.
+    pub fn add_rows(&mut self, mut x: &[f32], mut rounded: Option<&[f32]>, held_out: bool) -> Result<(), MomentsError> {
+        let n = self.n;
         moments::check(x, n, true)?;
         rounded.map_or(Ok(()), |r| moments::check(r, n, true))?;
         if held_out {
