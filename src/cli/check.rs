@@ -242,15 +242,22 @@ pub fn after(args: &ConvertArgs, out: &Path, transforms: Option<Arc<Transforms>>
     if !args.per_tensor && !by_type {
         return Ok(());
     }
-    let mut reference = Opened::new(source)?;
-    if let Some(t) = transforms {
-        reference.input.transform(source, t)?;
-    }
-    let rows = tensor_rows(&reference, &Opened::new(out)?, Weighting::None)?;
+    let rows = || -> Result<Vec<TensorRow>, Failure> {
+        let mut reference = Opened::new(source)?;
+        if let Some(t) = transforms {
+            reference.input.transform(source, t)?;
+        }
+        tensor_rows(&reference, &Opened::new(out)?, Weighting::None)
+    };
     if !args.per_tensor {
-        print::stderr(types(&rows).trim_end());
+        // nobody asked: the file is there, whatever comes of this
+        match rows() {
+            Ok(rows) => print::stderr(types(&rows).trim_end()),
+            Err(e) => print::stderr(&format!("warning: errors by type: {}", e.message)),
+        }
         return Ok(());
     }
+    let rows = rows()?;
     let mut table = vec![["tensor", "type", "bpw", "relative error"].map(String::from).to_vec()];
     for t in rows {
         let (bits, error) = (format!("{:.2}", t.bits_per_weight), format!("{:.3e}", t.relative_error));
