@@ -260,7 +260,7 @@ fn a_conversion_can_calibrate_first() {
         let mut c = program();
         run_ok(c.arg(fixture()).arg(file(out)).args(["--type", "q4_k_m", "-q"]).args(extra))
     };
-    convert("two.gguf", &["--imatrix", file("i.gguf").to_str().unwrap()]);
+    convert("two.gguf", &["--imatrix", file("i.gguf").to_str().unwrap(), "--rounding", "nearest"]);
     let recipe = convert(
         "one.gguf",
         &["--calibrate", text.to_str().unwrap(), "--ctx", "64", "--rounding", "nearest", "--print-recipe"],

@@ -55,7 +55,7 @@ impl<'a> Target<'a> {
 
     /// The word that follows position `i`.
     fn next(&self, i: usize) -> Option<usize> {
-        ((i + 1) % self.length > 0).then(|| self.tokens.get(i + 1).map(|t| *t as usize)).flatten()
+        (!(i + 1).is_multiple_of(self.length)).then(|| self.tokens.get(i + 1).map(|t| *t as usize)).flatten()
     }
 }
 
@@ -317,8 +317,8 @@ mod tests {
         let b: Vec<f32> = (0..37).map(|i| ((i * 104_729) % 97) as f32 / 25.0).collect();
         let top = |a: &[f32]| top_divergence(&mut a.to_vec(), &mut b.clone(), 9);
         let label = |a: &[f32]| surprise(&mut a.to_vec(), &mut b.clone(), Some(5));
-        let losses: [(&dyn Fn(&[f32]) -> f64, bool); 2] = [(&top, true), (&label, false)];
-        for (loss, is_top) in losses {
+        for is_top in [true, false] {
+            let loss = |x: &[f32]| if is_top { top(x) } else { label(x) };
             let (mut q, mut p) = (a.clone(), b.clone());
             if is_top {
                 top_divergence(&mut q, &mut p, 9);
