@@ -14,6 +14,7 @@ use ostq_convert::forward::layer::{FeedForward, Linear};
 use ostq_convert::forward::{Activations, Model, Runner, Simulation};
 use ostq_convert::gguf::{GgmlType, Metadata};
 use ostq_convert::learning::fake::Fake;
+use ostq_convert::learning::local;
 use ostq_convert::learning::maps::{Map, SCALES, Values, scales, scales_mut};
 use ostq_convert::learning::network::{Network, with_scales};
 use ostq_convert::learning::run::{self, Done, Job, Settings, Watch};
@@ -291,4 +292,61 @@ fn a_cut_run_goes_on() {
     let mut losses = Losses::default();
     learn(&cut, Settings { seed: 8, ..kind }, Activations::F32, 2, &mut losses);
     assert_eq!((losses.1, losses.0.len()), (0, 20));
+}
+
+#[derive(Default)]
+struct Errors(Vec<(f64, f64)>, usize);
+
+impl local::Watch for Errors {
+    fn layer(&mut self, _: usize, before: f64, after: f64) {
+        self.0.push((before, after));
+    }
+    fn resumed(&mut self, layers: usize) {
+        self.1 = layers;
+    }
+}
+
+/// Layer by layer: every layer's error falls or stays, the rotation of the stream stays, and threads, files and a cut change
+/// nothing.
+#[test]
+fn layers_learn_by_themselves() {
+    let (_, memory, metadata) = dense().next().unwrap();
+    let model = Model::new(Path::new(PATH), &memory, &metadata).unwrap();
+    let anatomy = Anatomy::new(Path::new(PATH), &memory, &metadata).unwrap();
+    let ids = tokens(30);
+    let start = with_scales(preset::womi(&anatomy, &memory, 1).unwrap(), &anatomy);
+    let fake = |_: &str, _: usize| Some(Fake::Rows("w4a16".parse().unwrap(), false));
+    let folder = tempfile::tempdir().unwrap();
+    let run = |state: &str, threads: usize, keep: bool, watch: &mut Errors| {
+        let job = local::Job {
+            model: &model,
+            anatomy: &anatomy,
+            tokens: &ids,
+            held_out: 5,
+            length: LENGTH,
+            activations: Activations::F32,
+            settings: settings(20, Loss::Kl),
+            key: "a test".into(),
+            keep,
+            save_every: Duration::ZERO,
+            state: &folder.path().join(state),
+        };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let made = pool.install(|| local::run(&job, &start, &fake, "mine", watch)).unwrap();
+        made.check(&anatomy).unwrap();
+        made
+    };
+    let mut errors = Errors::default();
+    let made = run("a", 2, true, &mut errors);
+    println!("{:?}", errors.0);
+    assert_eq!(errors.0.len(), decoder::LAYERS);
+    assert!(errors.0.iter().all(|(before, after)| after <= before));
+    assert!(errors.0.iter().any(|(before, after)| *after < 0.95 * before), "{:?}", errors.0);
+    assert_eq!(made.r_res, start.r_res);
+    assert_ne!(made.layers, start.layers);
+    assert!(made == run("b", 1, false, &mut Errors::default()), "one thread, streams in files");
+    // the last state is that of all layers: nothing is left to do
+    let mut again = Errors::default();
+    assert!(made == run("a", 2, true, &mut again));
+    assert_eq!((again.0.len(), again.1), (0, decoder::LAYERS));
 }

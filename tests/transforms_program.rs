@@ -279,6 +279,11 @@ fn learned_transforms_are_written_and_used() {
         assert!(rough > 1e-4 && check(&["--activations", "w8a8"]) < rough);
         assert_ne!(check(&["--activations", "w4a4kv4", "--online-hadamard"]), rough);
     }
+    let ran = learn(&t, &["--local", "--for", "q4_0"]).exits(0);
+    assert!(ran.stderr.contains("errors of layers"), "{}", ran.stderr);
+    learn(&again, &["--local", "--for", "q4_0", "--threads", "1", "--max-memory", "300MiB", "-q"]).exits(0);
+    assert!(std::fs::read(&t).unwrap() == std::fs::read(&again).unwrap(), "layer by layer, one thread");
+    learn(&t, &["--for", "q4_0", "--max-memory", "1MiB"]).exits(4).says("--local");
     learn(&t, &["--for", "w4a8", "--rotation-rate", "-1"]).exits(2);
     learn(&t, &["--for", "q4_9"]).exits(2).says("q4_9");
     learn(&t, &["--for", "q4_0", "--online-hadamard"]).exits(2).says("--online-hadamard");

@@ -8,13 +8,14 @@ use clap::{Args, ValueEnum};
 use super::args::{ConvertArgs, ResourceArgs};
 use super::calibrate::{Opened, Prepared, pool, state_of};
 use super::steps::Steps;
-use super::tune::{Progress, split, summary};
-use super::{Failure, RESOURCE, USAGE, print, words};
+use super::tune::{HELD_OUT_MOST, HELD_OUT_PART, Progress, split, summary};
+use super::{Failure, REFUSED, RESOURCE, USAGE, print, words};
 use crate::calibration::fingerprint::fingerprint;
 use crate::calibration::windows;
 use crate::forward::{Activations, Simulation};
 use crate::gguf::GgmlType;
 use crate::learning::fake::Fake;
+use crate::learning::local;
 use crate::learning::network::{self, Network};
 use crate::learning::run::{self, Job, Settings};
 use crate::output;
@@ -45,8 +46,13 @@ pub struct LearnArgs {
     /// ostquant: rotations of the stream and of values, and scales. spinquant: rotations alone.
     #[arg(long, value_enum, default_value_t = MethodArg::Ostquant)]
     method: MethodArg,
+    /// Steps; with --local of each layer.
     #[arg(long, value_name = "N", default_value_t = STEPS, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    /// Layer by layer, each against its own float output, one of them in memory: for models that do not fit. The rotation of the
+    /// stream is then not learned.
+    #[arg(long, conflicts_with = "loss")]
+    local: bool,
     /// kl: divergence over the whole vocabulary. kl-top: over the 1000 words that the model finds most likely. ce: cross-entropy of
     /// the text [default: kl-top for ostquant, ce for spinquant, as published].
     #[arg(long, value_enum)]
@@ -101,6 +107,7 @@ enum LossArg {
 /// What is learned from, beside the model.
 pub struct Request<'a> {
     pub preset: Preset,
+    pub local: bool,
     pub settings: Settings,
     /// How inputs, keys and values are rounded.
     pub activations: Activations,
@@ -150,12 +157,17 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     };
     let prepared = Prepared::new((path, input), &words)?;
     let model = &prepared.model;
-    let (learn, decide) = split(&prepared.tokens, r.length);
     let batch = r.settings.batch * r.length;
+    if r.local {
+        return by_layer((path, input), anatomy, r, &prepared);
+    }
+    let (learn, decide) = split(&prepared.tokens, r.length);
     let room = r.max_memory.unwrap_or_else(super::round::available_memory);
     let (most, least) = (network::memory(model, batch, false), network::memory(model, batch, true));
     if least > room {
-        let why = format!("learning needs {} of memory for this model; {} are there", human(least), human(room));
+        let (least, room) = (human(least), human(room));
+        let why =
+            format!("learning needs {least} of memory for this model; {room} are there; `learn --local` needs less");
         return Err(Failure::new(RESOURCE, why));
     }
     let name = format!("{}({}, {} steps)", r.preset.name(), r.target, r.settings.steps);
@@ -192,6 +204,92 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     progress.steps.finish();
     if !r.quiet {
         summary("learned", &done, begin.elapsed().as_secs_f64());
+    }
+    made.check(anatomy)?;
+    Ok(made)
+}
+
+/// Progress of a run by layers.
+struct Layers {
+    steps: Steps,
+    quiet: bool,
+    sums: (f64, f64),
+}
+
+impl local::Watch for Layers {
+    fn layer(&mut self, l: usize, before: f64, after: f64) {
+        if !self.quiet {
+            self.steps.line(&format!("layer {l}: error {before:.5} -> {after:.5} of its branch on windows held out"));
+        }
+        self.sums = (self.sums.0 + before.ln(), self.sums.1 + after.ln());
+        self.steps.done(l + 1);
+    }
+
+    fn resumed(&mut self, layers: usize) {
+        crate::calibration::run::Watch::resumed(&mut self.steps, layers);
+    }
+}
+
+/// Learns layer by layer.
+fn by_layer(
+    (path, input): (&Path, &Input),
+    anatomy: &Anatomy,
+    r: &Request<'_>,
+    prepared: &Prepared<'_>,
+) -> Result<Transforms, Failure> {
+    let (model, tokens) = (&prepared.model, &prepared.tokens);
+    if anatomy.spec.experts > 0 {
+        return Err(Failure::new(
+            REFUSED,
+            format!("{}: mixtures of experts have no backward pass yet", path.display()),
+        ));
+    }
+    let windows = tokens.len() / r.length;
+    let held_out = windows.div_ceil(HELD_OUT_PART).min(HELD_OUT_MOST);
+    let (least, streams) =
+        (local::memory(model, r.settings.batch * r.length), (tokens.len() * model.spec.embed * 8) as u64);
+    let room = r.max_memory.unwrap_or_else(super::round::available_memory);
+    if least > room {
+        let (least, room) = (human(least), human(room));
+        let why = format!("learning by layers needs {least} of memory for this model; {room} are there");
+        return Err(Failure::new(RESOURCE, why));
+    }
+    let keep = least + streams <= room / 2;
+    let name = format!("{}({}, {} steps a layer)", r.preset.name(), r.target, r.settings.steps);
+    if !r.quiet {
+        print::stderr(&format!(
+            "{name} on {}: {} windows a step out of {}, {held_out} held out; at most {} of memory",
+            prepared.texts.join(", "),
+            r.settings.batch,
+            windows - held_out,
+            human(least + if keep { streams } else { 0 }),
+        ));
+    }
+    let pool = pool(r.threads)?;
+    let start = pool.install(|| start(r.preset, anatomy, input, r.settings.seed))?;
+    let job = local::Job {
+        model,
+        anatomy,
+        tokens,
+        held_out,
+        length: r.length,
+        activations: r.activations,
+        settings: r.settings.clone(),
+        key: format!("{name} {} {}", fingerprint(&*input.source), windows::digest(tokens)),
+        keep,
+        save_every: SAVE_EVERY,
+        state: r.state,
+    };
+    let begin = Instant::now();
+    let layers = model.spec.layers;
+    let mut watch = Layers { steps: Steps::new("layer", layers, r.quiet), quiet: r.quiet, sums: (0.0, 0.0) };
+    let made = pool.install(|| local::run(&job, &start, r.fake, &name, &mut watch))?;
+    watch.steps.finish();
+    if !r.quiet {
+        let (seconds, ratio) = (begin.elapsed().as_secs_f64(), ((watch.sums.1 - watch.sums.0) / layers as f64).exp());
+        print::stderr(&format!(
+            "learned in {seconds:.1} s: errors of layers {ratio:.3} of what they were (geometric mean)"
+        ));
     }
     made.check(anatomy)?;
     Ok(made)
@@ -241,6 +339,7 @@ pub fn run(args: LearnArgs) -> Result<(), Failure> {
     let length = args.ctx as usize;
     let request = Request {
         preset,
+        local: args.local,
         settings,
         activations: simulated.map_or(Activations::F32, Activations::Simulated),
         fake: &fake,
@@ -303,6 +402,7 @@ pub fn within(
     let length = r.ctx.unwrap_or(512) as usize;
     let request = Request {
         preset,
+        local: false,
         settings: settings(preset, STEPS, r.seed.unwrap_or(0)),
         activations: Activations::F32,
         fake: &fake,

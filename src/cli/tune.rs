@@ -17,9 +17,9 @@ use crate::tuning::student::Rounded;
 
 /// The last of so many parts of the text is held out of tuning: windows between those that it learns from would tell little
 /// of other text.
-const HELD_OUT_PART: usize = 12;
+pub const HELD_OUT_PART: usize = 12;
 /// Most windows of it that are looked at.
-const HELD_OUT_MOST: usize = 32;
+pub const HELD_OUT_MOST: usize = 32;
 
 /// Progress, and what the windows that are held out say.
 pub struct Progress {

@@ -27,6 +27,21 @@ pub struct LayerValues {
     pub s_ud: Option<Scales>,
 }
 
+impl LayerValues {
+    /// Its vectors of scales.
+    pub fn all_scales(&mut self) -> impl Iterator<Item = &mut Scales> {
+        [&mut self.s_attn, &mut self.s_ffn, &mut self.s_ov, &mut self.s_qk, &mut self.s_ud].into_iter().flatten()
+    }
+
+    /// Everything that a step depends on.
+    pub fn state(&mut self) -> Vec<&mut Vec<f64>> {
+        let LayerValues { r_ov, s_attn, s_ffn, s_ov, s_qk, s_ud } = self;
+        let mut all: Vec<&mut Vec<f64>> = r_ov.iter_mut().flat_map(|r| r.state()).collect();
+        all.extend([s_attn, s_ffn, s_ov, s_qk, s_ud].into_iter().flatten().flat_map(|s| s.state()));
+        all
+    }
+}
+
 /// What of a model learns.
 #[derive(Clone, Debug, Default)]
 pub struct Values {
@@ -105,6 +120,13 @@ impl Values {
         }
     }
 
+    /// Everything that a step depends on.
+    pub fn state(&mut self) -> Vec<&mut Vec<f64>> {
+        let mut all: Vec<&mut Vec<f64>> = self.r_res.iter_mut().flat_map(|r| r.state()).collect();
+        self.layers.iter_mut().for_each(|l| all.extend(l.state()));
+        all
+    }
+
     /// Every rotation.
     pub fn rotations(&mut self) -> impl Iterator<Item = &mut Rotation> {
         self.r_res.iter_mut().chain(self.layers.iter_mut().flat_map(|l| &mut l.r_ov))
@@ -112,9 +134,7 @@ impl Values {
 
     /// Every vector of scales.
     pub fn all_scales(&mut self) -> impl Iterator<Item = &mut Scales> {
-        self.layers
-            .iter_mut()
-            .flat_map(|l| [&mut l.s_attn, &mut l.s_ffn, &mut l.s_ov, &mut l.s_qk, &mut l.s_ud].into_iter().flatten())
+        self.layers.iter_mut().flat_map(LayerValues::all_scales)
     }
 }
 

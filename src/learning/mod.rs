@@ -4,9 +4,11 @@
 //! The transformed model ([`network`]) is made of the original and of the transforms as they stand ([`maps`]), its weights
 //! rounded as the target format would ([`fake`]), inputs and cache too where a precision is simulated. The backward pass is that
 //! of [`crate::forward::backward`]; rotations step with a Cayley map ([`manifold`]), scales by their logarithms. [`run`] is the
-//! loop: batches in a seeded order, rates that fall along a cosine, windows that decide which step is kept.
+//! loop: batches in a seeded order, rates that fall along a cosine, windows that decide which step is kept. Models that do not fit
+//! learn layer by layer against their own float outputs ([`local`]).
 
 pub mod fake;
+pub mod local;
 pub mod manifold;
 pub mod maps;
 pub mod network;

@@ -27,7 +27,7 @@ struct Original {
 }
 
 /// A layer: the originals, and the weights of the norms before attention and feed-forward, 1 where they are folded.
-struct Base {
+pub(super) struct Base {
     linears: [Original; 7],
     norms: [Option<Vec<f32>>; 2],
 }
@@ -51,11 +51,11 @@ pub struct Network<'a> {
 const HELD: [(Norm, Pair); 2] = [(Norm::Attention, Pair::Attention), (Norm::FeedForward, Pair::FeedForward)];
 
 /// Of a layer in work.
-struct Back<'a> {
-    base: &'a Base,
-    values: &'a mut Values,
-    layer: usize,
-    eps: f32,
+pub(super) struct Back<'a> {
+    pub base: &'a Base,
+    pub values: &'a mut Values,
+    pub layer: usize,
+    pub eps: f32,
 }
 
 impl Sink for Back<'_> {
@@ -107,31 +107,8 @@ impl<'a> Network<'a> {
         let values = Values::new(start, anatomy);
         let (mut base, mut layers) = (Vec::new(), Vec::new());
         for l in 0..spec.layers {
-            let mut layer = LayerBack::new(model.layer(l, Activations::F32)?, spec)?;
-            let folds = values.r_res.is_some();
-            let fold = |norm: &mut Option<Vec<f32>>| match norm {
-                Some(w) if folds => Some(std::mem::replace(w, vec![1.0; w.len()])),
-                _ => None,
-            };
-            let gammas = [fold(&mut layer.attn_norm), fold(&mut layer.ffn_norm)];
-            let linears = Slot::ALL.map(|slot| {
-                let linear = layer.linear_mut(slot);
-                let gamma = match slot {
-                    Slot::Q | Slot::K | Slot::V => &gammas[0],
-                    Slot::Gate | Slot::Up => &gammas[1],
-                    Slot::O | Slot::Down => &None,
-                };
-                let columns = linear.inputs;
-                let mut weight = linear.weight.clone();
-                if let Some(gamma) = gamma {
-                    weight
-                        .chunks_exact_mut(columns)
-                        .for_each(|row| row.iter_mut().zip(gamma).for_each(|(w, g)| *w *= g));
-                }
-                let (map, bias) = (Map::of(slot, l, anatomy), linear.bias.clone());
-                Original { weight, bias, columns, map, fake: fake(&linear.name, columns) }
-            });
-            base.push(Base { linears, norms: [layer.attn_norm.clone(), layer.ffn_norm.clone()] });
+            let (own, layer) = set_up(model, anatomy, &values, fake, l)?;
+            base.push(own);
             layers.push(layer);
         }
         let n = spec.embed;
@@ -142,31 +119,13 @@ impl<'a> Network<'a> {
             _ => Some(model.head(Activations::F32)?.weight),
         };
         let (head, kept, scratch) = (LossHead::new(model)?, Vec::new(), Scratch::default());
-        let mut own = Network { model, base, layers, values, embedding, output, head, kept, scratch, again };
-        own.fuse();
-        Ok(own)
+        Ok(Network { model, base, layers, values, embedding, output, head, kept, scratch, again })
     }
 
     /// Makes the weights of all layers from the transforms as they are now.
     pub fn fuse(&mut self) {
         for (l, (base, layer)) in self.base.iter().zip(&mut self.layers).enumerate() {
-            for slot in Slot::ALL {
-                let (o, linear) = (&base.linears[slot as usize], layer.linear_mut(slot));
-                linear.weight = o.map.apply(&o.weight, o.columns, &self.values, l);
-                if let Some(fake) = o.fake {
-                    fake.apply(&mut linear.weight, o.columns);
-                }
-                linear.bias = o.bias.as_ref().map(|b| o.map.of_bias().apply(b, 1, &self.values, l));
-            }
-            let norms = [&mut layer.attn_norm, &mut layer.ffn_norm];
-            for ((norm, base), (_, pair)) in norms.into_iter().zip(&base.norms).zip(HELD) {
-                if let (Some(norm), Some(base)) = (norm, base) {
-                    norm.copy_from_slice(base);
-                    if let Some(s) = scales(&self.values.layers[l], pair) {
-                        norm.iter_mut().zip(&s.single).for_each(|(w, s)| *w /= s);
-                    }
-                }
-            }
+            fuse(base, layer, &self.values, l);
         }
     }
 
@@ -186,32 +145,16 @@ impl<'a> Network<'a> {
         x
     }
 
-    /// `x R`, or `x` where the stream is not rotated.
-    fn turned(&self, x: Vec<f32>) -> Vec<f32> {
-        let Some(r) = &self.values.r_res else { return x };
-        let mut out = vec![0.0; x.len()];
-        product_back(&x, &r.single, r.n, &mut out);
-        out
-    }
-
-    /// `x Rᵀ`.
-    fn turned_back(&self, x: Vec<f32>) -> Vec<f32> {
-        let Some(r) = &self.values.r_res else { return x };
-        let mut out = vec![0.0; x.len()];
-        product(&x, &r.single, r.n, &mut out);
-        out
-    }
-
     /// Mean divergence over whole windows; `last` is the float model's last stream of the same tokens.
     pub fn divergence(&mut self, pass: &Pass<'_>, tokens: &[u32], last: &[f32]) -> Result<f64, ForwardError> {
-        let mut x = self.turned(self.embed(tokens));
+        let mut x = turned(&self.values, self.embed(tokens));
         let (mut kept, mut out) = (Kept::default(), Vec::new());
         for layer in &self.layers {
             layer.forward(pass, &x, &mut kept, &mut self.scratch);
             layer.output(pass, &kept, &mut self.scratch, &mut out);
             std::mem::swap(&mut x, &mut out);
         }
-        let x = self.turned_back(x);
+        let x = turned_back(&self.values, x);
         let weight = self.output.as_ref().unwrap_or(&self.embedding);
         Ok(self.head.loss(&x, last, weight)? / tokens.len() as f64)
     }
@@ -220,7 +163,7 @@ impl<'a> Network<'a> {
     pub fn gradients(&mut self, pass: &Pass<'_>, tokens: &[u32], target: &Target<'_>) -> Result<f64, ForwardError> {
         let spec = &self.model.spec;
         let first = self.embed(tokens);
-        let mut streams = vec![self.turned(first.clone())];
+        let mut streams = vec![turned(&self.values, first.clone())];
         self.kept.resize_with(if self.again { 1 } else { self.layers.len() }, Kept::default);
         for (l, layer) in self.layers.iter().enumerate() {
             let kept = &mut self.kept[if self.again { 0 } else { l }];
@@ -230,7 +173,7 @@ impl<'a> Network<'a> {
             streams.push(out);
         }
         let last = streams.pop().expect("one per layer and the first");
-        let x = self.turned_back(last.clone());
+        let x = turned_back(&self.values, last.clone());
         let mut d = vec![0f32; x.len()];
         // the final norm stays
         let still = Adam::new(1, 0.0, 0.0);
@@ -240,7 +183,7 @@ impl<'a> Network<'a> {
             // x = last Rᵀ
             add_cross(&mut r.gradient, &d, &last, tokens.len(), r.n);
         }
-        d = self.turned(d);
+        d = turned(&self.values, d);
         for l in (0..self.layers.len()).rev() {
             let x = streams.pop().expect("one per layer");
             let (layer, kept) = (&mut self.layers[l], &mut self.kept[if self.again { 0 } else { l }]);
@@ -267,14 +210,7 @@ impl<'a> Network<'a> {
 
     /// Everything that a step depends on; call [`Network::refresh`] after writing to it.
     pub fn state(&mut self) -> Vec<&mut Vec<f64>> {
-        let Values { r_res, layers } = &mut self.values;
-        let mut all: Vec<&mut Vec<f64>> = r_res.iter_mut().flat_map(|r| r.state()).collect();
-        for l in layers {
-            all.extend(l.r_ov.iter_mut().flat_map(|r| r.state()));
-            let scales = [&mut l.s_attn, &mut l.s_ffn, &mut l.s_ov, &mut l.s_qk, &mut l.s_ud];
-            all.extend(scales.into_iter().flatten().flat_map(|s| s.state()));
-        }
-        all
+        self.values.state()
     }
 
     /// Takes up what was written to [`Network::state`].
@@ -283,6 +219,78 @@ impl<'a> Network<'a> {
         self.values.all_scales().for_each(|s| s.refresh());
         self.fuse();
     }
+}
+
+/// Layer `l` of the model, and what its weights are made from; made once.
+pub(super) fn set_up(
+    model: &Model<'_>,
+    anatomy: &Anatomy,
+    values: &Values,
+    fake: &(dyn Fn(&str, usize) -> Option<Fake> + Sync),
+    l: usize,
+) -> Result<(Base, LayerBack), LearningError> {
+    let mut layer = LayerBack::new(model.layer(l, Activations::F32)?, &model.spec)?;
+    let folds = values.r_res.is_some();
+    let fold = |norm: &mut Option<Vec<f32>>| match norm {
+        Some(w) if folds => Some(std::mem::replace(w, vec![1.0; w.len()])),
+        _ => None,
+    };
+    let gammas = [fold(&mut layer.attn_norm), fold(&mut layer.ffn_norm)];
+    let linears = Slot::ALL.map(|slot| {
+        let linear = layer.linear_mut(slot);
+        let gamma = match slot {
+            Slot::Q | Slot::K | Slot::V => &gammas[0],
+            Slot::Gate | Slot::Up => &gammas[1],
+            Slot::O | Slot::Down => &None,
+        };
+        let columns = linear.inputs;
+        let mut weight = linear.weight.clone();
+        if let Some(gamma) = gamma {
+            weight.chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(gamma).for_each(|(w, g)| *w *= g));
+        }
+        let (map, bias) = (Map::of(slot, l, anatomy), linear.bias.clone());
+        Original { weight, bias, columns, map, fake: fake(&linear.name, columns) }
+    });
+    let base = Base { linears, norms: [layer.attn_norm.clone(), layer.ffn_norm.clone()] };
+    fuse(&base, &mut layer, values, l);
+    Ok((base, layer))
+}
+
+/// Makes the weights of layer `l` from the transforms as they are now.
+pub(super) fn fuse(base: &Base, layer: &mut LayerBack, values: &Values, l: usize) {
+    for slot in Slot::ALL {
+        let (o, linear) = (&base.linears[slot as usize], layer.linear_mut(slot));
+        linear.weight = o.map.apply(&o.weight, o.columns, values, l);
+        if let Some(fake) = o.fake {
+            fake.apply(&mut linear.weight, o.columns);
+        }
+        linear.bias = o.bias.as_ref().map(|b| o.map.of_bias().apply(b, 1, values, l));
+    }
+    let norms = [&mut layer.attn_norm, &mut layer.ffn_norm];
+    for ((norm, base), (_, pair)) in norms.into_iter().zip(&base.norms).zip(HELD) {
+        if let (Some(norm), Some(base)) = (norm, base) {
+            norm.copy_from_slice(base);
+            if let Some(s) = scales(&values.layers[l], pair) {
+                norm.iter_mut().zip(&s.single).for_each(|(w, s)| *w /= s);
+            }
+        }
+    }
+}
+
+/// `x R`, or `x` where the stream is not rotated.
+pub(super) fn turned(values: &Values, x: Vec<f32>) -> Vec<f32> {
+    let Some(r) = &values.r_res else { return x };
+    let mut out = vec![0.0; x.len()];
+    product_back(&x, &r.single, r.n, &mut out);
+    out
+}
+
+/// `x Rᵀ`.
+fn turned_back(values: &Values, x: Vec<f32>) -> Vec<f32> {
+    let Some(r) = &values.r_res else { return x };
+    let mut out = vec![0.0; x.len()];
+    product(&x, &r.single, r.n, &mut out);
+    out
 }
 
 /// The pairs that learn where `start` has none yet: what the model admits of `pairs`, as the identity.
