@@ -34,8 +34,8 @@ pub struct ConvertArgs {
     /// Reproduce the rounding of a two-step conversion through an f32, f16 or bf16 file [default: auto, lossless].
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     via: Option<String>,
-    /// How much to do for quality: exact (llama.cpp's bytes), fast (an importance matrix), balanced (types allocated at the
-    /// size of the type's mix, GPTQ) or best (balanced and tuning) [default: balanced, or what
+    /// How much to do for quality: exact (llama.cpp's bytes), fast (an importance matrix and a better search of scales), balanced
+    /// (types allocated at the size of the type's mix, GPTQ) or best (balanced and tuning) [default: balanced, or what
     /// OSTQ_QUALITY says; with --calibrate, --imatrix, --rounding or --outtype: what these say].
     #[arg(long, value_name = "WORD", help_heading = "Types")]
     quality: Option<String>,

@@ -229,8 +229,8 @@ impl Map {
         self.steps(w, columns, v, layer).pop().expect("the last step")
     }
 
-    /// `Z1`, `Z2`, `Z3`, `Z4`, `W'`; what changes nothing is left out but for the last.
-    fn steps(&self, w: &[f32], columns: usize, v: &Values, layer: usize) -> Vec<Vec<f32>> {
+    /// `Z1`, `Z2`, `Z3`, `Z4`, `W'`.
+    pub(super) fn steps(&self, w: &[f32], columns: usize, v: &Values, layer: usize) -> Vec<Vec<f32>> {
         let l = &v.layers[layer];
         let line = |s: &Option<Line>| s.as_ref().and_then(|s| s.values(l));
         let mut z = w.to_vec();
@@ -296,7 +296,19 @@ impl Map {
 
     /// Adds to the gradients of `v` what `g`, the gradient at `W'` of `w`, brings.
     pub fn back(&self, w: &[f32], columns: usize, g: &[f32], v: &mut Values, layer: usize) {
-        let mut steps = self.steps(w, columns, v, layer);
+        let steps = self.steps(w, columns, v, layer);
+        self.back_through(steps, columns, g, v, layer);
+    }
+
+    /// The same from the [`Map::steps`] of `w`.
+    pub(super) fn back_through(
+        &self,
+        mut steps: Vec<Vec<f32>>,
+        columns: usize,
+        g: &[f32],
+        v: &mut Values,
+        layer: usize,
+    ) {
         steps.pop();
         let (z4, z3) = (steps.pop().expect("five steps"), steps.pop().expect("five steps"));
         let (_, z1) = (steps.pop().expect("five steps"), steps.pop().expect("five steps"));

@@ -63,11 +63,11 @@ impl Sink for Back<'_> {
         let o = &self.base.linears[slot as usize];
         let mut g = vec![0f32; linear.weight.len()];
         add_cross(&mut g, dy, x, x.len() / o.columns, o.columns);
-        if let Some(fake) = o.fake {
-            let made = o.map.apply(&o.weight, o.columns, self.values, self.layer);
-            fake.back(&made, &linear.weight, &mut g, o.columns);
+        let steps = o.map.steps(&o.weight, o.columns, self.values, self.layer);
+        if let (Some(fake), Some(made)) = (o.fake, steps.last()) {
+            fake.back(made, &linear.weight, &mut g, o.columns);
         }
-        o.map.back(&o.weight, o.columns, &g, self.values, self.layer);
+        o.map.back_through(steps, o.columns, &g, self.values, self.layer);
         if let Some(bias) = &o.bias {
             let mut g = vec![0f32; bias.len()];
             dy.chunks_exact(bias.len()).for_each(|row| kernels::add(&mut g, row));
