@@ -55,7 +55,10 @@ fn widest(model: &Model<'_>) -> usize {
 
 /// Bytes of the streams, and of the inputs that a step leaves to the next, of `tokens` tokens.
 pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
-    (tokens * (model.spec.embed + widest(model)) * 4 * if one_pass { 1 } else { 2 }) as u64
+    let s = &model.spec;
+    // the inputs of all experts of a layer are kept beside what a step leaves
+    let experts = if s.experts > 0 { s.embed } else { 0 };
+    (tokens * (s.embed + widest(model) + experts) * 4 * if one_pass { 1 } else { 2 }) as u64
 }
 
 /// Bytes of memory that a run needs, with `batch` windows of `length` tokens.
@@ -66,6 +69,9 @@ pub fn memory(model: &Model<'_>, length: usize, batch: usize, threads: usize) ->
     let weights = model.layer_bytes();
     let tiles = threads as u64 * (64 * inputs * 4 * 6 + (4 << 20));
     let batch = 2 * Runner::batch_bytes(model, batch * length);
+    // the blocks of a layer's experts, twice, at a byte for each weight
+    let experts = 6 * s.experts as u64 * (s.embed * model.feed_forward()) as u64;
+    let weights = weights + experts;
     (96 << 20) + 2 * model.layer_bytes() + weights + site::memory(inputs, true) + tiles + batch
 }
 
