@@ -65,13 +65,12 @@ pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
 pub fn memory(model: &Model<'_>, length: usize, batch: usize, threads: usize) -> u64 {
     let s = &model.spec;
     let inputs = s.embed.max(widest(model)) as u64;
-    // targets, values and blocks of the weights of one site
-    let weights = model.layer_bytes();
     let tiles = threads as u64 * (64 * inputs * 4 * 6 + (4 << 20));
     let batch = 2 * Runner::batch_bytes(model, batch * length);
     // the blocks of a layer's experts, twice, at a byte for each weight
     let experts = 6 * s.experts as u64 * (s.embed * model.feed_forward()) as u64;
-    let weights = weights + experts;
+    // targets, values and blocks of the weights of one site
+    let weights = model.layer_bytes() + experts;
     (96 << 20) + 2 * model.layer_bytes() + weights + site::memory(inputs, true) + tiles + batch
 }
 
