@@ -218,7 +218,7 @@ fn learn(
     settings: Settings,
     activations: Activations,
     threads: usize,
-    watch: &mut Losses,
+    watch: &mut (dyn Watch + Send),
 ) -> (Done, Transforms) {
     let (_, memory, metadata) = dense().next().unwrap();
     let model = Model::new(Path::new(PATH), &memory, &metadata).unwrap();
@@ -275,20 +275,34 @@ fn losses_fall_and_runs_repeat() {
     }
 }
 
-/// A run that is found cut goes on to the same end; one of other settings begins anew.
+/// Ends the run at a step, as a kill would.
+struct Killer(usize);
+
+impl Watch for Killer {
+    fn step(&mut self, step: usize, _: f64) {
+        assert!(step < self.0, "killed");
+    }
+    fn held_out(&mut self, _: usize, _: f64, _: bool) {}
+    fn resumed(&mut self, _: usize) {}
+}
+
+/// A run that is cut goes on to the same end; one that is done is found again; one of other settings begins anew.
 #[test]
 fn a_cut_run_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, cut) = (folder.path().join("whole"), folder.path().join("cut"));
     let kind = settings(20, Loss::KlTop(20));
     let wanted = learn(&whole, kind.clone(), Activations::F32, 2, &mut Losses::default());
-    // the last state that was kept is that of step 15
-    std::fs::create_dir_all(&cut).unwrap();
-    std::fs::copy(whole.join(run::FILE), cut.join(run::FILE)).unwrap();
+    let killed = std::panic::catch_unwind(|| learn(&cut, kind.clone(), Activations::F32, 2, &mut Killer(17)));
+    assert!(killed.is_err());
     let mut losses = Losses::default();
     let found = learn(&cut, kind.clone(), Activations::F32, 2, &mut losses);
-    assert_eq!((losses.1, losses.0.len()), (15, 5));
-    assert_eq!((found.0.after, found.1), (wanted.0.after, wanted.1));
+    assert_eq!((losses.1, losses.0.len()), (16, 4));
+    assert_eq!((found.0.after, &found.1), (wanted.0.after, &wanted.1));
+    let mut losses = Losses::default();
+    let again = learn(&cut, kind.clone(), Activations::F32, 2, &mut losses);
+    assert_eq!((losses.1, losses.0.len()), (20, 0));
+    assert_eq!(again.1, wanted.1);
     let mut losses = Losses::default();
     learn(&cut, Settings { seed: 8, ..kind }, Activations::F32, 2, &mut losses);
     assert_eq!((losses.1, losses.0.len()), (0, 20));

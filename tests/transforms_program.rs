@@ -286,6 +286,11 @@ fn learned_transforms_are_written_and_used() {
     learn(&t, &["--for", "q4_0", "--max-memory", "1MiB"]).exits(4).says("--local");
     learn(&t, &["--for", "w4a8", "--rotation-rate", "-1"]).exits(2);
     learn(&t, &["--for", "q4_9"]).exits(2).says("q4_9");
+    for nothing in ["q8_1", "f16", "nvfp4"] {
+        learn(&t, &["--for", nothing]).exits(2).says("nothing to learn");
+    }
+    // a type that wants to know which columns matter
+    learn(&t, &["--for", "iq2_xs"]).exits(0);
     learn(&t, &["--for", "q4_0", "--online-hadamard"]).exits(2).says("--online-hadamard");
     program::run(["check", tiny, tiny, "-f", &text, "--activations", "w4"]).exits(2).says("w4a8");
     program::run(["check", tiny, tiny, "-f", &text, "--online-hadamard"]).exits(2).says("--online-hadamard");
@@ -326,7 +331,7 @@ fn auto_says_what_each_preset_gives_and_is_never_worse() {
         let plain = of("none").unwrap_or_else(|| panic!("{}", ran.stderr));
         let line = ran.stderr.lines().find_map(|l| l.strip_prefix("transform auto: ")).unwrap();
         let chosen = line.split(['(', ' ']).next().unwrap();
-        let best = ["smoothquant", "awq", "quarot", "spinquant", "ostquant"]
+        let best = ["smoothquant", "awq", "quarot", "womi", "spinquant", "ostquant"]
             .iter()
             .filter_map(|n| of(n))
             .fold(plain, f64::min);

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::args::ConvertArgs;
 use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
-use super::{Failure, RESOURCE, print, words};
+use super::{Failure, INTERRUPTED, RESOURCE, print, words};
 use crate::calibration::{fingerprint, windows};
 use crate::formats;
 use crate::forward::Model;
@@ -17,6 +17,7 @@ use crate::plan::memory::human;
 use crate::plan::{Input, Options, Plan, Rounding};
 use crate::rounding::run::{self, Job};
 use crate::rounding::state::{RoundedTensors, forget};
+use crate::rounding::weighted;
 use crate::transform::{Anatomy, Pair, Preset, Transforms};
 use crate::tuning::engine::{Engine, Processor};
 use crate::tuning::student::{self, Rounded, Student};
@@ -29,7 +30,8 @@ const BATCH: usize = 8;
 /// A transform is taken where the divergence falls below this part of that without one: less may be chance.
 const PAYS: f64 = 0.98;
 
-const CANDIDATES: [Preset; 5] = [Preset::SmoothQuant, Preset::Awq, Preset::QuaRot, Preset::SpinQuant, Preset::OstQuant];
+const CANDIDATES: [Preset; 6] =
+    [Preset::SmoothQuant, Preset::Awq, Preset::QuaRot, Preset::Womi, Preset::SpinQuant, Preset::OstQuant];
 
 /// Why a preset is not tried.
 fn unfit(preset: Preset, anatomy: &Anatomy) -> Option<String> {
@@ -42,13 +44,14 @@ fn unfit(preset: Preset, anatomy: &Anatomy) -> Option<String> {
         .then(|| anatomy.refusal(Pair::Stream).unwrap_or_default().into())
 }
 
-/// The transforms that pay; `None`: none does. `make` makes those of a preset.
+/// The transforms that pay; `None`: none does. `make` makes those of a preset from so many windows of text: those that judge are
+/// not among them.
 pub fn choose(
     args: &ConvertArgs,
     options: &Options,
     (path, input): (&Path, &Input),
     anatomy: &Anatomy,
-    make: &dyn Fn(Preset) -> Result<Transforms, Failure>,
+    make: &dyn Fn(Preset, usize) -> Result<Transforms, Failure>,
 ) -> Result<Option<Transforms>, Failure> {
     let say = |line: String| {
         if !args.quiet {
@@ -79,6 +82,7 @@ pub fn choose(
         say("warning: --transform auto: the text is too short to judge by: none".into());
         return Ok(None);
     }
+    let windows = tokens.len() / length - judged / length;
     let trial = Trial { args, options, path, text, last, length, state: &state.join("auto") };
     let plain = trial.divergence(None)?;
     say(format!("transform none: KLD {plain:.6} on {} windows held out", judged / length));
@@ -89,8 +93,15 @@ pub fn choose(
             continue;
         }
         let start = Instant::now();
-        let made = make(preset)?;
-        let kld = trial.divergence(Some(&made))?;
+        let tried = make(preset, windows).and_then(|made| Ok((trial.divergence(Some(&made))?, made)));
+        let (kld, made) = match tried {
+            Ok(tried) => tried,
+            Err(e) if e.code == INTERRUPTED => return Err(e),
+            Err(e) => {
+                say(format!("transform {}: not tried: {}", preset.name(), e.message));
+                continue;
+            }
+        };
         let seconds = start.elapsed().as_secs_f64();
         say(format!("transform {}: KLD {kld:.6}, {:.3} of it, {seconds:.0} s", preset.name(), kld / plain));
         if kld < best.0 {
@@ -125,19 +136,21 @@ impl Trial<'_> {
         let model = Model::new(path, &*input.source, &input.metadata)?;
         let weights: u64 = input.source.tensors().iter().map(|t| t.elements() * 4).sum();
         let needed = 2 * weights + student::least(&model, BATCH * length);
-        let room = args.max_memory.unwrap_or_else(super::round::available_memory);
+        let room = super::round::room(args.max_memory);
         if needed > room {
             let why = format!("--transform auto needs {} of memory; {} are there", human(needed), human(room));
             return Err(Failure::new(RESOURCE, why));
         }
         let pool = pool(args.threads())?;
-        let result = pool.install(|| {
+        let result: Result<f64, Failure> = pool.install(|| {
             let rounded = self.rounded(&plan, &input, &model)?;
             let student = Student::new(&model, &rounded, 0, true)?;
             let mut engine = Processor::new(&model, student, length, BATCH)?;
             Ok(engine.loss(self.last)?)
         });
-        forget(self.state);
+        if !matches!(&result, Err(e) if e.code == INTERRUPTED) {
+            forget(self.state);
+        }
         result
     }
 
@@ -161,6 +174,7 @@ impl Trial<'_> {
             run::run(&job, &mut Steps::new("layer", model.spec.layers, true))?;
             return super::tune::rounded_of(plan, &RoundedTensors::open(self.state, types.into_iter())?);
         }
+        let imatrix = super::calibrate::before(self.args, &self.options.recipe, input)?;
         let mut all = BTreeMap::new();
         for (name, ty) in types {
             let index = input.source.tensors().iter().position(|t| t.name == name).expect("the plan's tensors");
@@ -168,10 +182,13 @@ impl Trial<'_> {
             let mut values = vec![0f32; t.elements() as usize];
             input.source.read_rows(index, 0..t.rows(), &mut values);
             let mut bytes = vec![0; values.len() / ty.block_len() * ty.block_bytes()];
-            let format = formats::format(ty).expect("types of a plan can be encoded");
-            format
-                .encode(&values, t.row_len() as usize, None, &mut bytes)
-                .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
+            let weights = imatrix.entries.get(&name).map(Vec::as_slice);
+            if !(self.options.search && weights.is_some_and(|w| weighted::encode(ty, &values, w, &mut bytes))) {
+                formats::format(ty)
+                    .expect("types of a plan can be encoded")
+                    .encode(&values, t.row_len() as usize, weights, &mut bytes)
+                    .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
+            }
             all.insert(name, Rounded { ty, bytes });
         }
         Ok(all)

@@ -45,6 +45,8 @@ fn rate(pool: &rayon::ThreadPool) -> f64 {
 struct Work {
     /// Weights of the layers' matrices, of the head, of the embedding.
     layers: f64,
+    /// All of the layers' weights, of experts that a token does not see too.
+    weights: f64,
     head: f64,
     /// Σ n² over the inputs of the layers.
     squares: f64,
@@ -58,9 +60,12 @@ impl Work {
     fn new(model: &Model<'_>, length: usize, rate: f64, threads: usize) -> Work {
         let s: &Spec = &model.spec;
         let square = |n: usize| (n * n) as f64;
+        let all = model.source().tensors().iter();
+        let matrices = all.filter(|t| t.name.starts_with("blk.") && t.dims.len() > 1);
         let squares = 2.0 * square(s.embed) + square(s.heads * s.head_dim) + square(model.feed_forward());
         Work {
             layers: model.linear_flops() as f64 / 2.0,
+            weights: matrices.map(|t| t.elements() as f64).sum(),
             head: (model.vocab * s.embed) as f64,
             squares: squares * s.layers as f64,
             attention: (s.layers * s.heads * s.head_dim * length) as f64,
@@ -87,7 +92,7 @@ impl Work {
 
     fn rounding(&self, tokens: f64, paths: f64) -> f64 {
         let flops = tokens * (paths * self.pass() + (2.0 * paths - 1.0) * self.squares);
-        flops / (0.75 * self.rate) + (self.layers + self.head) * 2.5e-6 / self.threads
+        flops / (0.75 * self.rate) + (self.weights + self.head) * 2.5e-6 / self.threads
     }
 
     fn tuning(&self, steps: f64, tokens: f64) -> f64 {
@@ -195,7 +200,8 @@ mod tests {
 
     #[test]
     fn more_work_takes_longer() {
-        let work = |rate: f64| Work { layers: 1e8, head: 3e7, squares: 1e8, attention: 1e7, rate, threads: 2.0 };
+        let work =
+            |rate: f64| Work { layers: 1e8, weights: 1e8, head: 3e7, squares: 1e8, attention: 1e7, rate, threads: 2.0 };
         let (slow, fast) = (work(1e11), work(2e11));
         assert!(slow.rounding(1e5, 2.0) > fast.rounding(1e5, 2.0));
         assert!(slow.rounding(1e5, 2.0) > slow.rounding(1e5, 1.0));

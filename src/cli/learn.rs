@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use sha2::{Digest, Sha256};
 
 use super::args::{ConvertArgs, ResourceArgs};
 use super::calibrate::{Opened, Prepared, pool, state_of};
@@ -14,7 +15,7 @@ use crate::calibration::fingerprint::fingerprint;
 use crate::calibration::windows;
 use crate::forward::{Activations, Simulation};
 use crate::gguf::GgmlType;
-use crate::learning::fake::Fake;
+use crate::learning::fake::{Fake, can_round};
 use crate::learning::local;
 use crate::learning::network::{self, Network};
 use crate::learning::run::{self, Job, Settings};
@@ -113,8 +114,9 @@ pub struct Request<'a> {
     pub activations: Activations,
     /// How the linear of a name with so many columns is rounded.
     pub fake: &'a (dyn Fn(&str, usize) -> Option<Fake> + Sync),
-    /// What that depends on, in words.
+    /// What that depends on, in words, and exactly.
     pub target: String,
+    pub types: String,
     pub texts: &'a [PathBuf],
     /// Windows of text.
     pub limit: Option<usize>,
@@ -134,7 +136,7 @@ pub fn settings(preset: Preset, steps: u32, seed: u64) -> Settings {
 /// Rounding to the types that `of` gives.
 pub fn to_types(of: impl Fn(&str) -> Option<GgmlType>) -> impl Fn(&str, usize) -> Option<Fake> {
     move |name, columns| {
-        let ty = of(name).filter(|t| t.is_quantized() && columns.is_multiple_of(t.block_len()))?;
+        let ty = of(name).filter(|t| columns.is_multiple_of(t.block_len()) && can_round(*t))?;
         Some(Fake::Type(ty))
     }
 }
@@ -162,7 +164,7 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
         return by_layer((path, input), anatomy, r, &prepared);
     }
     let (learn, decide) = split(&prepared.tokens, r.length);
-    let room = r.max_memory.unwrap_or_else(super::round::available_memory);
+    let room = super::round::room(r.max_memory);
     let (most, least) = (network::memory(model, batch, false), network::memory(model, batch, true));
     if least > room {
         let (least, room) = (human(least), human(room));
@@ -190,7 +192,14 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
         length: r.length,
         activations: r.activations,
         settings: r.settings.clone(),
-        key: format!("{name} {} {} {}", fingerprint(&*input.source), windows::digest(&learn), windows::digest(&decide)),
+        key: format!(
+            "{name} {} {} {} {} {}",
+            r.types,
+            r.length,
+            fingerprint(&*input.source),
+            windows::digest(&learn),
+            windows::digest(&decide)
+        ),
         save_every: SAVE_EVERY,
         state: r.state,
     };
@@ -213,7 +222,8 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
 struct Layers {
     steps: Steps,
     quiet: bool,
-    sums: (f64, f64),
+    /// Logarithms.
+    ratios: Vec<f64>,
 }
 
 impl local::Watch for Layers {
@@ -221,7 +231,9 @@ impl local::Watch for Layers {
         if !self.quiet {
             self.steps.line(&format!("layer {l}: error {before:.5} -> {after:.5} of its branch on windows held out"));
         }
-        self.sums = (self.sums.0 + before.ln(), self.sums.1 + after.ln());
+        if before > 0.0 && after > 0.0 {
+            self.ratios.push((after / before).ln());
+        }
         self.steps.done(l + 1);
     }
 
@@ -248,7 +260,7 @@ fn by_layer(
     let held_out = windows.div_ceil(HELD_OUT_PART).min(HELD_OUT_MOST);
     let (least, streams) =
         (local::memory(model, r.settings.batch * r.length), (tokens.len() * model.spec.embed * 8) as u64);
-    let room = r.max_memory.unwrap_or_else(super::round::available_memory);
+    let room = super::round::room(r.max_memory);
     if least > room {
         let (least, room) = (human(least), human(room));
         let why = format!("learning by layers needs {least} of memory for this model; {room} are there");
@@ -275,20 +287,21 @@ fn by_layer(
         length: r.length,
         activations: r.activations,
         settings: r.settings.clone(),
-        key: format!("{name} {} {}", fingerprint(&*input.source), windows::digest(tokens)),
+        key: format!("{name} {} {} {} {}", r.types, r.length, fingerprint(&*input.source), windows::digest(tokens)),
         keep,
         save_every: SAVE_EVERY,
         state: r.state,
     };
     let begin = Instant::now();
     let layers = model.spec.layers;
-    let mut watch = Layers { steps: Steps::new("layer", layers, r.quiet), quiet: r.quiet, sums: (0.0, 0.0) };
+    let mut watch = Layers { steps: Steps::new("layer", layers, r.quiet), quiet: r.quiet, ratios: Vec::new() };
     let made = pool.install(|| local::run(&job, &start, r.fake, &name, &mut watch))?;
     watch.steps.finish();
     if !r.quiet {
-        let (seconds, ratio) = (begin.elapsed().as_secs_f64(), ((watch.sums.1 - watch.sums.0) / layers as f64).exp());
+        let mean = (watch.ratios.iter().sum::<f64>() / watch.ratios.len().max(1) as f64).exp();
+        let seconds = begin.elapsed().as_secs_f64();
         print::stderr(&format!(
-            "learned in {seconds:.1} s: errors of layers {ratio:.3} of what they were (geometric mean)"
+            "learned in {seconds:.1} s: errors of layers {mean:.3} of what they were (geometric mean)"
         ));
     }
     made.check(anatomy)?;
@@ -344,6 +357,7 @@ pub fn run(args: LearnArgs) -> Result<(), Failure> {
         activations: simulated.map_or(Activations::F32, Activations::Simulated),
         fake: &fake,
         target: simulated.map_or_else(|| args.target.to_ascii_lowercase(), |s| s.to_string()),
+        types: digest(&types),
         texts: if args.calibrate.is_empty() { &builtin } else { &args.calibrate },
         limit: args.calibrate_tokens.map(|n| (n as usize / length).max(1)),
         length,
@@ -372,7 +386,13 @@ fn rate(flag: &str, given: Option<f64>, default: f64) -> Result<f64, Failure> {
 /// The types that a mix, or one type, gives the tensors of `input`.
 fn types(word: &str, input: &Input) -> Result<Vec<(String, GgmlType)>, Failure> {
     let name = match (FileType::parse(word), GgmlType::from_name(word)) {
+        (Some(t), _) if !can_round(t.default_type()) => {
+            return Err(Failure::new(USAGE, format!("--for: there is nothing to learn for {}", t.name())));
+        }
         (Some(t), _) => t.name().to_string(),
+        (None, Some(t)) if !can_round(t) => {
+            return Err(Failure::new(USAGE, format!("--for: there is nothing to learn for {t}")));
+        }
         (None, Some(t)) => {
             // every linear of the layers in it
             let fits = |t: &GgmlType, columns: u64| columns.is_multiple_of(t.block_len() as u64);
@@ -389,9 +409,17 @@ fn types(word: &str, input: &Input) -> Result<Vec<(String, GgmlType)>, Failure> 
     super::transform::planned(input, &options)
 }
 
-/// Learning on the way to a conversion, for the types of its plan.
+/// sha256 of types by tensor.
+fn digest(types: &[(String, GgmlType)]) -> String {
+    let mut hash = Sha256::new();
+    types.iter().for_each(|(name, ty)| hash.update(format!("{name} {ty}\n")));
+    crate::calibration::imatrix::hex(&hash.finalize())
+}
+
+/// Learning on the way to a conversion, for the types of its plan; from at most `limit` windows.
 pub fn within(
     preset: Preset,
+    limit: usize,
     (args, options): (&ConvertArgs, &Options),
     (path, input): (&Path, &Input),
     anatomy: &Anatomy,
@@ -407,8 +435,9 @@ pub fn within(
         activations: Activations::F32,
         fake: &fake,
         target: r.r#type.clone().unwrap_or_else(|| "q4_k_m".into()).to_ascii_lowercase(),
+        types: digest(&types),
         texts: &r.calibrate,
-        limit: Some(super::round::windows(r)),
+        limit: Some(limit),
         length,
         threads: args.threads(),
         max_memory: args.max_memory,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 
 use super::args::ConvertArgs;
-use super::{Failure, RESOURCE, print};
+use super::{Failure, REFUSED, RESOURCE, print};
 use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
 use crate::plan::memory::{self, Memory, human};
@@ -34,7 +34,7 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
         recipe.tune = steps.or(recipe.tune);
         options = Options::resolve(recipe).map_err(|e| Failure::new(super::USAGE, e))?;
     }
-    settle(&mut options, &mut input, path)?;
+    settle(args, &mut options, &mut input, path)?;
     let r = &options.recipe;
     let mut given = r.imatrix.as_deref().map(Imatrix::load).transpose()?;
     let transforms = super::transform::apply(args, &options, &mut input, given.as_mut(), calibrate)?;
@@ -68,7 +68,7 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
         };
         if let Some(mix) = &mix {
             plan.retype(&mix.tensors.iter().map(|t| (t.name.clone(), t.ty)).collect())
-                .map_err(|e| Failure::new(super::REFUSED, e))?;
+                .map_err(|e| Failure::new(REFUSED, e))?;
         }
         let state = match args.out() {
             Some(out) => super::calibrate::state_of(out),
@@ -87,13 +87,19 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
 
 /// Takes back what the recipe asks for and this model cannot have: loudly where a word or a default asked for it; what the
 /// user spelled out is refused where it is tried.
-fn settle(options: &mut Options, input: &mut Input, path: &std::path::Path) -> Result<(), Failure> {
+fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &std::path::Path) -> Result<(), Failure> {
     if options.rounding != Rounding::Gptq {
         return Ok(());
+    }
+    let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
+    let asked = args.plain_recipe()?;
+    if mixture && asked.tune.is_some() {
+        return Err(Failure::new(REFUSED, "--tune: mixtures of experts have no backward pass yet"));
     }
     if options.recipe.quality.is_none() {
         return Ok(());
     }
+    let sized = asked.target_size.is_some() || asked.target_bpw.is_some() || asked.like.is_some();
     let mut r = options.recipe.clone();
     let without =
         |r: &mut crate::plan::Recipe| (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
@@ -101,6 +107,11 @@ fn settle(options: &mut Options, input: &mut Input, path: &std::path::Path) -> R
     let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
     match model.map_err(|e| e.to_string()).and_then(|m| encoder.map(|()| m).map_err(|e| e.to_string())) {
         Ok(false) => return Ok(()),
+        Ok(true) if sized => {
+            let why = "types of a mixture cannot be allocated yet: it has no backward pass; take a type without a size";
+            return Err(Failure::new(REFUSED, why));
+        }
+        Err(why) if sized => return Err(Failure::new(REFUSED, format!("{why}: types cannot be allocated"))),
         Ok(true) => {
             // there is no backward pass for experts, and no cache to write text with
             without(&mut r);

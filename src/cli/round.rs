@@ -93,7 +93,8 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
             human(disk),
             super::plan::threads(threads),
         ));
-        if tokens.len() < FEW {
+        // what is asked for comes in whole windows
+        if tokens.len() + length <= FEW {
             print::stderr(&format!(
                 "warning: {} tokens are few: below {FEW} much of the gain is lost; give more text with --calibrate",
                 tokens.len()
@@ -125,6 +126,14 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         &state,
         job.types.iter().map(|(n, t)| (n.clone(), *t)).filter(|(n, _)| on_disk(&state, n)),
     )?)
+}
+
+/// Memory that there is: what the user allows, or what the system could give, where it says.
+pub(super) fn room(limit: Option<u64>) -> u64 {
+    limit.unwrap_or(match available_memory() {
+        0 => u64::MAX,
+        available => available,
+    })
 }
 
 /// Memory that the system could give, in bytes; 0 where it does not say.

@@ -138,22 +138,23 @@ fn scaled(
     Ok(made?)
 }
 
-/// Makes the transforms of a preset for the types of a conversion's plan.
+/// Makes the transforms of a preset for the types of a conversion's plan, from at most `windows` of its text.
 fn made(
     preset: Preset,
+    windows: usize,
     (args, options): (&ConvertArgs, &Options),
     (path, input): (&Path, &Input),
     anatomy: &Anatomy,
 ) -> Result<Transforms, Failure> {
     if preset.learns() {
-        return super::learn::within(preset, (args, options), (path, input), anatomy);
+        return super::learn::within(preset, windows, (args, options), (path, input), anatomy);
     }
     let r = &options.recipe;
     let types = if preset == Preset::Awq { planned(input, options)? } else { Vec::new() };
     let of = |name: &str| types.iter().find(|(n, _)| n == name).map(|(_, t)| *t);
     let text = Text {
         texts: &r.calibrate,
-        tokens: (r.calibrate_tokens.unwrap_or(u64::MAX) as usize).min(TOKENS),
+        tokens: TOKENS.min(windows * r.ctx.unwrap_or(512) as usize),
         ctx: r.ctx.unwrap_or(512) as usize,
         alpha: r.alpha.unwrap_or(0.5),
         types: &of,
@@ -191,13 +192,13 @@ pub fn apply(
         Some(p) if !calibrate && p.calibrates() && !p.learns() => return Ok(None),
         Some(Preset::Womi | Preset::SpinQuant | Preset::OstQuant) if !calibrate => preset::quarot(&anatomy, 0),
         Some(Preset::Auto) => {
-            let make = |p: Preset| made(p, (args, options), (path, input), &anatomy);
+            let make = |p: Preset, windows: usize| made(p, windows, (args, options), (path, input), &anatomy);
             match super::choose::choose(args, options, (path, input), &anatomy, &make)? {
                 Some(chosen) => chosen,
                 None => return Ok(None),
             }
         }
-        Some(p) => made(p, (args, options), (path, input), &anatomy)?,
+        Some(p) => made(p, super::round::windows(r), (args, options), (path, input), &anatomy)?,
         None => file::read(what, &anatomy, &fingerprint(&*input.source))?,
     };
     let transforms = Arc::new(transforms);
@@ -253,7 +254,8 @@ pub fn untied(plan: &Plan, input: &Input) -> Option<String> {
 /// The transforms that `what` names, where they need no text: for comparing weights.
 pub fn of_weights(what: &Path, opened: &Opened, seed: u64) -> Result<Option<Arc<Transforms>>, Failure> {
     if let Some(p) = named(what).filter(|p| p.calibrates()) {
-        let why = format!("--transform {} depends on a text: write it with `transform` and give the file", p.name());
+        let how = if p.learns() { "learn" } else { "transform" };
+        let why = format!("--transform {} depends on a text: write it with `{how}` and give the file", p.name());
         return Err(Failure::new(USAGE, why));
     }
     let anatomy = Anatomy::new(&opened.path, &*opened.input.source, &opened.input.metadata)?;

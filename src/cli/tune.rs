@@ -109,7 +109,7 @@ pub fn after(
     let batch = settings.batch * length;
     let least = weights + latent * 14 + crate::tuning::student::least(&model, batch);
     let kept = crate::tuning::student::kept(&model, batch);
-    let room = args.max_memory.unwrap_or_else(super::round::available_memory);
+    let room = super::round::room(args.max_memory);
     if least > room {
         return Err(Failure::new(
             RESOURCE,

@@ -24,6 +24,13 @@ pub enum Fake {
 /// Rows of a task.
 const ROWS: usize = 16;
 
+/// True if weights can be rounded to `ty`: a block format that can be written.
+pub fn can_round(ty: GgmlType) -> bool {
+    let Some(format) = formats::format(ty).filter(|_| ty.is_quantized()) else { return false };
+    let (n, ones) = (ty.block_len(), vec![1f32; ty.block_len()]);
+    format.encode(&ones, n, Some(&ones), &mut vec![0; ty.block_bytes()]).is_ok()
+}
+
 impl Fake {
     /// Rounds `w` \[rows, columns\] in place.
     pub fn apply(self, w: &mut [f32], columns: usize) {
@@ -32,9 +39,13 @@ impl Fake {
             Fake::Type(ty) => {
                 let format = formats::format(ty).expect("types that can be encoded");
                 let row = columns / ty.block_len() * ty.block_bytes();
+                // some types want to know which columns matter: all alike
+                let ones = vec![1f32; columns];
                 w.par_chunks_mut(ROWS * columns).for_each_init(Vec::new, |bytes: &mut Vec<u8>, w| {
                     bytes.resize(w.len() / columns * row, 0);
-                    if format.encode(w, columns, None, bytes).is_ok() {
+                    let plain = format.encode(w, columns, None, bytes);
+                    // what cannot be encoded is not finite, and the loss will say so
+                    if plain.or_else(|_| format.encode(w, columns, Some(&ones), bytes)).is_ok() {
                         format.decode(bytes, w);
                     }
                 });
@@ -42,12 +53,12 @@ impl Fake {
         }
     }
 
-    /// Values that share a scale, and whether they share an offset; `None`: the scale is not followed.
-    fn run(self, columns: usize) -> Option<(usize, bool)> {
+    /// Values that share a scale, and what offset they share; `None`: the scale is not followed.
+    fn run(self, columns: usize) -> Option<(usize, Offsets)> {
         match self {
             Fake::Rows(s, down) if s.online && down => None,
-            Fake::Rows(..) => Some((columns, false)),
-            Fake::Type(ty) => Grid::of(ty).map(|g| (g.sub, g.offsets != Offsets::None)),
+            Fake::Rows(..) => Some((columns, Offsets::None)),
+            Fake::Type(ty) => Grid::of(ty).map(|g| (g.sub, g.offsets)),
         }
     }
 
@@ -58,13 +69,14 @@ impl Fake {
             let along: f32 = g.iter().zip(w).zip(made).map(|((g, w), made)| g * (made - w)).sum();
             let index =
                 |better: fn(f32, f32) -> bool| (1..w.len()).fold(0, |b, i| if better(w[i], w[b]) { i } else { b });
-            if offset {
+            if offset != Offsets::None {
                 let (low, high) = (index(|a, b| a < b), index(|a, b| a > b));
-                // an offset is never above 0
-                let range = w[high] - w[low].min(0.0);
+                // an integer offset is never above 0
+                let free = w[low] < 0.0 || offset == Offsets::F16;
+                let range = w[high] - if free { w[low] } else { 0.0 };
                 if range > 0.0 {
                     g[high] += along / range;
-                    g[low] -= if w[low] < 0.0 { along / range } else { 0.0 };
+                    g[low] -= if free { along / range } else { 0.0 };
                 }
             } else {
                 let largest = index(|a, b| a.abs() > b.abs());

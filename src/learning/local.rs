@@ -110,7 +110,7 @@ pub fn run(
             let (before, after) = layer(job, &mut runner, (&x, &y), &mut values, fake, l)?;
             done.layers = l + 1;
             watch.layer(l, before, after);
-            if saved.elapsed() >= job.save_every {
+            if saved.elapsed() >= job.save_every || done.layers == model.spec.layers {
                 resume::save(&path, &done, values.state()).map_err(io)?;
                 saved = Instant::now();
             }

@@ -141,11 +141,11 @@ pub fn run(
                 (kept.best, kept.best_step, best) = (loss, step, copy(network));
             }
             watch.held_out(step, loss, better);
-            if saved.elapsed() >= job.save_every && step < s.steps {
-                kept.step = step;
-                save(job, &kept, network, &mut best)?;
-                saved = Instant::now();
-            }
+        }
+        if saved.elapsed() >= job.save_every || step == s.steps {
+            kept.step = step;
+            save(job, &kept, network, &mut best)?;
+            saved = Instant::now();
         }
     }
     paste(network, &best);

@@ -124,6 +124,11 @@ impl RoundedTensors {
 /// Removes what a run left in `folder`.
 pub fn forget(folder: &Path) {
     crate::calibration::words::forget(folder);
+    // of `--transform auto`
+    let trials = folder.join("auto");
+    if trials.is_dir() {
+        forget(&trials);
+    }
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
