@@ -5,7 +5,8 @@
 #
 # MODEL is a checkpoint folder. llama.cpp's programs are in $OSTQ_PEERS/bin. Prints one line per type: bytes of both files,
 # mean KL divergence of both (f32 activations, all windows of 512, positions 256..510) and their ratio. With ALLOCATE=1 also
-# our file of the same size with types allocated. CHUNKS=N looks at the first N windows only.
+# our file of the same size with types allocated. CHUNKS=N looks at the first N windows only; TOKENS=N
+# calibrates on N tokens (ours on 131072, the importance matrix on 102400).
 set -eu
 model=$1 calibration=$2 evaluation=$3
 shift 3
@@ -15,16 +16,17 @@ export LD_LIBRARY_PATH="$bin"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$ours" "$model" "$work/bf16.gguf" --outtype bf16 --no-provenance --quiet
-"$ours" calibrate "$model" -f "$calibration" --calibrate-tokens 102400 -o "$work/imatrix.gguf" --quiet
+"$ours" calibrate "$model" -f "$calibration" --calibrate-tokens "${TOKENS:-102400}" -o "$work/imatrix.gguf" --quiet
 printf '%-10s %11s %11s %9s %9s %6s %8s\n' type theirs ours KLD KLD ratio seconds
 for type in "$@"; do
     "$bin/llama-quantize" --imatrix "$work/imatrix.gguf" "$work/bf16.gguf" "$work/theirs.gguf" "$type" >"$work/log" 2>&1
     start=$(date +%s)
-    "$ours" "$model" "$work/ours.gguf" -t "$type" --calibrate "$calibration" --force --quiet
+    "$ours" "$model" "$work/ours.gguf" -t "$type" --calibrate "$calibration" ${TOKENS:+--calibrate-tokens $TOKENS} --force --quiet
     seconds=$(($(date +%s) - start))
     models="$work/theirs.gguf $work/ours.gguf"
     if [ -n "${ALLOCATE:-}" ]; then
-        "$ours" "$model" "$work/allocated.gguf" -t "$type" --like "$type" --calibrate "$calibration" --force --quiet
+        "$ours" "$model" "$work/allocated.gguf" -t "$type" --like "$type" --calibrate "$calibration" ${TOKENS:+--calibrate-tokens $TOKENS} \
+            --force --quiet
         models="$models $work/allocated.gguf"
     fi
     # shellcheck disable=SC2086
