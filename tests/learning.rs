@@ -34,36 +34,10 @@ fn dense() -> impl Iterator<Item = (&'static str, Memory, Metadata)> {
         .filter(|(_, m, _)| !m.tensors.iter().any(|t| t.name.contains("_exps")))
 }
 
-fn orthonormal(n: usize, numbers: &mut Numbers) -> Vec<f64> {
-    let mut r: Vec<f64> = (0..n * n).map(|_| numbers.next()).collect();
-    for i in 0..n {
-        for _ in 0..2 {
-            for j in 0..i {
-                let dot: f64 = (0..n).map(|k| r[i * n + k] * r[j * n + k]).sum();
-                (0..n).for_each(|k| r[i * n + k] -= dot * r[j * n + k]);
-            }
-        }
-        let length = (0..n).map(|k| r[i * n + k] * r[i * n + k]).sum::<f64>().sqrt();
-        (0..n).for_each(|k| r[i * n + k] /= length);
-    }
-    r
-}
-
 /// Random transforms of every pair that the model admits.
 fn random(model: &Anatomy, seed: u64) -> Transforms {
-    let mut numbers = Numbers(seed);
-    let mut t = Transforms::identity("random", model.spec.layers);
-    for pair in Pair::ALL.into_iter().filter(|p| model.admits(*p)) {
-        for l in 0..if pair == Pair::Stream { 1 } else { model.spec.layers } {
-            let shape = model.shape(pair, l);
-            *t.slot(pair, l) = Some(match pair {
-                Pair::Stream => orthonormal(shape[0], &mut numbers),
-                Pair::Values => (0..shape[0]).flat_map(|_| orthonormal(shape[1], &mut numbers)).collect(),
-                _ => (0..shape.iter().product()).map(|_| 2f64.powf(numbers.next())).collect(),
-            });
-        }
-    }
-    t
+    let admitted: Vec<Pair> = Pair::ALL.into_iter().filter(|p| model.admits(*p)).collect();
+    decoder::random_transforms(model, &admitted, seed)
 }
 
 fn tokens(windows: usize) -> Vec<u32> {

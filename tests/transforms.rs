@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use decoder::{KINDS, Kind, Memory, Numbers, logits};
+use decoder::{KINDS, Kind, Memory, Numbers, logits, random_transforms};
 use ostq_convert::forward::{ForwardError, Observer};
 use ostq_convert::gguf::Metadata;
 use ostq_convert::plan::{Input, Options, Recipe};
@@ -19,42 +19,6 @@ const PATH: &str = "memory";
 
 fn kind(name: &str) -> Kind {
     *KINDS.iter().find(|k| k.name == name).unwrap()
-}
-
-/// Gram and Schmidt, twice.
-fn orthonormal(n: usize, numbers: &mut Numbers) -> Vec<f64> {
-    let mut r: Vec<f64> = (0..n * n).map(|_| numbers.next()).collect();
-    for i in 0..n {
-        for _ in 0..2 {
-            for j in 0..i {
-                let dot: f64 = (0..n).map(|k| r[i * n + k] * r[j * n + k]).sum();
-                (0..n).for_each(|k| r[i * n + k] -= dot * r[j * n + k]);
-            }
-        }
-        let length = (0..n).map(|k| r[i * n + k] * r[i * n + k]).sum::<f64>().sqrt();
-        (0..n).for_each(|k| r[i * n + k] /= length);
-    }
-    r
-}
-
-/// Random transforms of `pairs`: orthonormal, and scales between 0.5 and 2.
-fn random(model: &Anatomy, pairs: &[Pair], seed: u64) -> Transforms {
-    let mut numbers = Numbers(seed);
-    let mut t = Transforms::identity("random", model.spec.layers);
-    for &pair in pairs {
-        let layers = if pair == Pair::Stream { 1 } else { model.spec.layers };
-        for l in 0..layers {
-            let shape = model.shape(pair, l);
-            let count: usize = shape.iter().product();
-            let values = match pair {
-                Pair::Stream => orthonormal(shape[0], &mut numbers),
-                Pair::Values => (0..shape[0]).flat_map(|_| orthonormal(shape[1], &mut numbers)).collect(),
-                _ => (0..count).map(|_| 2f64.powf(numbers.next())).collect(),
-            };
-            *t.slot(pair, l) = Some(values);
-        }
-    }
-    t
 }
 
 fn admitted(model: &Anatomy) -> Vec<Pair> {
@@ -82,7 +46,7 @@ fn keeps(name: &str, open: &dyn Fn() -> Box<dyn TensorSource>, metadata: &Metada
     let all = admitted(&model);
     let mut most = 0f64;
     for pairs in all.iter().map(std::slice::from_ref).chain([&all[..]]) {
-        let t = random(&model, pairs, 5);
+        let t = random_transforms(&model, pairs, 5);
         let after = logits(&behind(open(), metadata, t), metadata, ids, &mut ());
         let d = moved(&before, &after);
         assert!(d < 1e-3, "{name}, {pairs:?}: {d:.2e} of the standard deviation");
@@ -163,7 +127,7 @@ fn what_a_structure_does_not_admit_is_refused_with_the_reason() {
     let refused = |name: &str, pair: Pair| {
         let kind = kind(name);
         let model = Anatomy::new(Path::new(PATH), &kind.weights(), &kind.metadata()).unwrap();
-        let t = random(&model, &[pair], 1);
+        let t = random_transforms(&model, &[pair], 1);
         let made = TransformedSource::new(Path::new(PATH), Box::new(kind.weights()), &kind.metadata(), Arc::new(t));
         made.err().unwrap_or_else(|| panic!("{name} took {pair:?}")).to_string()
     };
@@ -185,7 +149,7 @@ fn wrong_values_are_refused_with_numbers() {
     let kind = kind("llama");
     let model = Anatomy::new(Path::new(PATH), &kind.weights(), &kind.metadata()).unwrap();
     let error = |change: &dyn Fn(&mut Transforms)| {
-        let mut t = random(&model, &Pair::ALL, 2);
+        let mut t = random_transforms(&model, &Pair::ALL, 2);
         t.check(&model).unwrap();
         change(&mut t);
         t.check(&model).unwrap_err().to_string()
@@ -208,7 +172,8 @@ fn rows_come_out_alike_in_any_portions() {
     for name in ["llama with biases, tied", "phi3", "qwen3moe"] {
         let kind = kind(name);
         let model = Anatomy::new(Path::new(PATH), &kind.weights(), &kind.metadata()).unwrap();
-        let source = behind(Box::new(kind.weights()), &kind.metadata(), random(&model, &admitted(&model), 8));
+        let source =
+            behind(Box::new(kind.weights()), &kind.metadata(), random_transforms(&model, &admitted(&model), 8));
         let whole = Memory::of(&source);
         for (i, t) in source.tensors().iter().enumerate().filter(|(_, t)| t.dims.len() > 1) {
             let n = t.row_len();
@@ -262,7 +227,7 @@ fn second_moments_are_carried_over() {
         let model = Anatomy::new(Path::new(PATH), &kind.weights(), &metadata).unwrap();
         let (mut before, mut after) = (Seconds::default(), Seconds::default());
         logits(&kind.weights(), &metadata, &ids, &mut before);
-        let source = behind(Box::new(kind.weights()), &metadata, random(&model, &admitted(&model), 4));
+        let source = behind(Box::new(kind.weights()), &metadata, random_transforms(&model, &admitted(&model), 4));
         logits(&source, &metadata, &ids, &mut after);
         for ((weight, expert), h) in before.0 {
             // the head of a tied model has another name afterwards

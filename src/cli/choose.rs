@@ -10,7 +10,6 @@ use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
 use super::{Failure, INTERRUPTED, RESOURCE, print, words};
 use crate::calibration::{fingerprint, windows};
-use crate::formats;
 use crate::forward::Model;
 use crate::gguf::Metadata;
 use crate::plan::memory::human;
@@ -183,12 +182,8 @@ impl Trial<'_> {
             input.source.read_rows(index, 0..t.rows(), &mut values);
             let mut bytes = vec![0; values.len() / ty.block_len() * ty.block_bytes()];
             let weights = imatrix.entries.get(&name).map(Vec::as_slice);
-            if !(self.options.search && weights.is_some_and(|w| weighted::encode(ty, &values, w, &mut bytes))) {
-                formats::format(ty)
-                    .expect("types of a plan can be encoded")
-                    .encode(&values, t.row_len() as usize, weights, &mut bytes)
-                    .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
-            }
+            weighted::nearest(ty, &values, t.row_len() as usize, weights, self.options.search, &mut bytes)
+                .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
             all.insert(name, Rounded { ty, bytes });
         }
         Ok(all)

@@ -183,8 +183,8 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
             human(if most > room { least } else { most }),
         ));
     }
-    let start = pool(r.threads)?.install(|| start(r.preset, anatomy, input, r.settings.seed))?;
     let pool = pool(r.threads)?;
+    let start = pool.install(|| start(r.preset, anatomy, input, r.settings.seed))?;
     let job = Job {
         model,
         tokens: &learn,

@@ -197,12 +197,8 @@ fn encode(
         overflows += round_through(&fail, t.via, values, rounded, row_len)?;
     }
     let format = format_of(t.ty);
-    let weights = importance(run, t, row);
-    let searched = run.search && weights.is_some_and(|w| weighted::encode(t.ty, values, w, bytes));
-    if !searched {
-        let encoded = format.encode(values, row_len, weights, bytes);
-        encoded.map_err(|source| fail.format(source, t.ty, values))?;
-    }
+    let encoded = weighted::nearest(t.ty, values, row_len, importance(run, t, row), run.search, bytes);
+    encoded.map_err(|source| fail.format(source, t.ty, values))?;
     if t.ty == GgmlType::F16 {
         overflows += fail.f16_overflows(values, bytes)?;
     } else {

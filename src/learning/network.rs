@@ -16,6 +16,7 @@ use crate::linalg::{add_cross, product, product_back};
 use crate::transform::{Anatomy, Pair, Transforms};
 use crate::tuning::blocks::Adam;
 use crate::tuning::head::{LossHead, Target, add_norm_gradient};
+use crate::tuning::student::embedded;
 
 /// A linear as the float model has it, the norm before it folded in where the stream is rotated.
 struct Original {
@@ -134,20 +135,9 @@ impl<'a> Network<'a> {
         self.layers[l].linear(slot)
     }
 
-    /// The embedded tokens as the float model has them.
-    fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        let n = self.model.spec.embed;
-        let mut x = Vec::with_capacity(tokens.len() * n);
-        tokens.iter().for_each(|&t| x.extend_from_slice(&self.embedding[t as usize * n..][..n]));
-        if self.model.spec.embedding_scale != 1.0 {
-            kernels::scale(&mut x, self.model.spec.embedding_scale);
-        }
-        x
-    }
-
     /// Mean divergence over whole windows; `last` is the float model's last stream of the same tokens.
     pub fn divergence(&mut self, pass: &Pass<'_>, tokens: &[u32], last: &[f32]) -> Result<f64, ForwardError> {
-        let mut x = turned(&self.values, self.embed(tokens));
+        let mut x = turned(&self.values, embedded(&self.embedding, tokens, &self.model.spec));
         let (mut kept, mut out) = (Kept::default(), Vec::new());
         for layer in &self.layers {
             layer.forward(pass, &x, &mut kept, &mut self.scratch);
@@ -162,7 +152,7 @@ impl<'a> Network<'a> {
     /// Adds the gradients of the mean loss over whole windows to those of rotations and scales; the loss.
     pub fn gradients(&mut self, pass: &Pass<'_>, tokens: &[u32], target: &Target<'_>) -> Result<f64, ForwardError> {
         let spec = &self.model.spec;
-        let first = self.embed(tokens);
+        let first = embedded(&self.embedding, tokens, &self.model.spec);
         let mut streams = vec![turned(&self.values, first.clone())];
         self.kept.resize_with(if self.again { 1 } else { self.layers.len() }, Kept::default);
         for (l, layer) in self.layers.iter().enumerate() {
@@ -244,11 +234,11 @@ pub(super) fn set_up(
             Slot::O | Slot::Down => &None,
         };
         let columns = linear.inputs;
-        let mut weight = linear.weight.clone();
+        let mut weight = std::mem::take(&mut linear.weight);
         if let Some(gamma) = gamma {
             weight.chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(gamma).for_each(|(w, g)| *w *= g));
         }
-        let (map, bias) = (Map::of(slot, l, anatomy), linear.bias.clone());
+        let (map, bias) = (Map::of(slot, l, anatomy), linear.bias.take());
         Original { weight, bias, columns, map, fake: fake(&linear.name, columns) }
     });
     let base = Base { linears, norms: [layer.attn_norm.clone(), layer.ffn_norm.clone()] };

@@ -93,7 +93,7 @@ pub fn run(
     let span = s.batch * job.length;
     let wanted = teacher.last(job.held_out)?;
     let width = wanted.len() / job.held_out.len();
-    let mut decide = |network: &mut Network<'_>| -> Result<f64, LearningError> {
+    let decide = |runner: &mut Runner<'_>, network: &mut Network<'_>| -> Result<f64, LearningError> {
         let mut sum = 0.0;
         for (tokens, last) in job.held_out.chunks(span).zip(wanted.chunks(span * width)) {
             interrupted()?;
@@ -109,12 +109,11 @@ pub fn run(
         kept = found;
         watch.resumed(kept.step);
     } else {
-        kept.before = decide(network)?;
+        kept.before = decide(&mut runner, network)?;
         kept.best = kept.before;
         best = copy(network);
         watch.held_out(0, kept.before, true);
     }
-    let mut runner = Runner::new(job.model, job.length, job.activations)?;
     let (mut batch, mut times, mut saved) = (Vec::new(), Vec::new(), Instant::now());
     for step in kept.step + 1..=s.steps {
         interrupted()?;
@@ -135,7 +134,7 @@ pub fn run(
         times.push(start.elapsed().as_secs_f64());
         watch.step(step, loss);
         if step % s.every == 0 || step == s.steps {
-            let loss = decide(network)?;
+            let loss = decide(&mut runner, network)?;
             let better = loss < kept.best;
             if better {
                 (kept.best, kept.best_step, best) = (loss, step, copy(network));

@@ -237,10 +237,7 @@ fn plain(job: &super::run::Job<'_>, linears: &[Linear; 3], importance: &[f32]) -
         let ones = vec![1f32; l.inputs];
         let weights = if importance.len() == l.inputs && !l.name.contains("ffn_down") { importance } else { &ones };
         let mut bytes = vec![0u8; l.weight.len() / ty.block_len() * ty.block_bytes()];
-        if !weighted::encode(ty, &l.weight, weights, &mut bytes) {
-            let format = formats::format(ty).expect("the plan holds only types that can be encoded");
-            format.encode(&l.weight, l.inputs, Some(weights), &mut bytes)?;
-        }
+        weighted::nearest(ty, &l.weight, l.inputs, Some(weights), true, &mut bytes)?;
         fitted.blocks.push((l.name.clone(), bytes));
     }
     Ok(fitted)

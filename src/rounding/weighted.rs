@@ -7,8 +7,25 @@ use super::fit::DAMPING;
 use super::levels::{AnyLevels, Levels};
 use super::search;
 use crate::formats::grid::{self, Grid, Parts};
+use crate::formats::{self, FormatError};
 use crate::forward::kernels::vectorized;
 use crate::gguf::GgmlType;
+
+/// Nearest rounding of `rows` of `n` values: with the search of this module where that is asked for, there are weights and the type
+/// has a grid; as ggml does otherwise.
+pub fn nearest(
+    ty: GgmlType,
+    rows: &[f32],
+    n: usize,
+    weights: Option<&[f32]>,
+    search: bool,
+    out: &mut [u8],
+) -> Result<(), FormatError> {
+    if search && weights.is_some_and(|w| encode(ty, rows, w, out)) {
+        return Ok(());
+    }
+    formats::format(ty).expect("the plan holds only types that can be encoded").encode(rows, n, weights, out)
+}
 
 /// Rounds `rows` of `weights.len()` values to blocks of `ty`; false, and nothing done, where the type has no grid.
 pub fn encode(ty: GgmlType, rows: &[f32], weights: &[f32], out: &mut [u8]) -> bool {

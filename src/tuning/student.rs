@@ -7,7 +7,7 @@ use super::blocks::{Adam, Blocks, Parameters};
 use super::head::{LossHead, Target, add_norm_gradient};
 use crate::forward::backward::layer::{Kept, LayerBack, Norm, Scratch, Sink, Slot};
 use crate::forward::layer::{Linear, Pass};
-use crate::forward::{Activations, ForwardError, Model, kernels};
+use crate::forward::{Activations, ForwardError, Model, Spec, kernels};
 use crate::gguf::GgmlType;
 use crate::linalg::add_cross;
 
@@ -113,6 +113,17 @@ fn blocks_of(r: &Rounded, weight: &mut [f32], columns: usize, latent: u32) -> Op
     blocks
 }
 
+/// The rows of `table` \[vocab, embed\] for `tokens`, as the first layer gets them.
+pub fn embedded(table: &[f32], tokens: &[u32], spec: &Spec) -> Vec<f32> {
+    let n = spec.embed;
+    let mut x = Vec::with_capacity(tokens.len() * n);
+    tokens.iter().for_each(|&t| x.extend_from_slice(&table[t as usize * n..][..n]));
+    if spec.embedding_scale != 1.0 {
+        kernels::scale(&mut x, spec.embedding_scale);
+    }
+    x
+}
+
 /// The rounded model.
 pub struct Student<'a> {
     pub model: &'a Model<'a>,
@@ -171,19 +182,9 @@ impl<'a> Student<'a> {
         Ok(Student { model, layers, tuned, embedding, output, head, kept, scratch, gradient, again })
     }
 
-    fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        let n = self.model.spec.embed;
-        let mut x = Vec::with_capacity(tokens.len() * n);
-        tokens.iter().for_each(|&t| x.extend_from_slice(&self.embedding.weight[t as usize * n..][..n]));
-        if self.model.spec.embedding_scale != 1.0 {
-            kernels::scale(&mut x, self.model.spec.embedding_scale);
-        }
-        x
-    }
-
     /// Mean divergence over whole windows; `last` is the teacher's stream of the same tokens.
     pub fn loss(&mut self, pass: &Pass<'_>, tokens: &[u32], last: &[f32]) -> Result<f64, ForwardError> {
-        let mut x = self.embed(tokens);
+        let mut x = embedded(&self.embedding.weight, tokens, &self.model.spec);
         let (mut kept, mut out) = (Kept::default(), Vec::new());
         for layer in &self.layers {
             layer.forward(pass, &x, &mut kept, &mut self.scratch);
@@ -198,7 +199,7 @@ impl<'a> Student<'a> {
     pub fn step(&mut self, pass: &Pass<'_>, tokens: &[u32], last: &[f32], adam: &Adam) -> Result<f64, ForwardError> {
         let spec = &self.model.spec;
         let n = spec.embed;
-        let mut streams = vec![self.embed(tokens)];
+        let mut streams = vec![embedded(&self.embedding.weight, tokens, &self.model.spec)];
         self.kept.resize_with(if self.again { 1 } else { self.layers.len() }, Kept::default);
         for (l, layer) in self.layers.iter().enumerate() {
             let kept = &mut self.kept[if self.again { 0 } else { l }];

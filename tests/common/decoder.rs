@@ -9,6 +9,7 @@ use ostq_convert::forward::{Activations, Hidden, Model, Observer, Runner, run::H
 use ostq_convert::gguf::{GgmlType, Metadata, Value};
 use ostq_convert::mapped::MappedFile;
 use ostq_convert::source::{SourceTensor, TensorSource};
+use ostq_convert::transform::{Anatomy, Pair, Transforms};
 
 pub const EMBED: usize = 48;
 pub const HEADS: usize = 4;
@@ -252,4 +253,40 @@ pub fn logits(source: &dyn TensorSource, metadata: &Metadata, ids: &[u32], obser
     let mut out = Vec::new();
     Head::new(&model, Activations::F32, 1 << 30).unwrap().logits(&mut x, &mut out, observer).unwrap();
     out
+}
+
+/// Gram and Schmidt, twice.
+pub fn orthonormal(n: usize, numbers: &mut Numbers) -> Vec<f64> {
+    let mut r: Vec<f64> = (0..n * n).map(|_| numbers.next()).collect();
+    for i in 0..n {
+        for _ in 0..2 {
+            for j in 0..i {
+                let dot: f64 = (0..n).map(|k| r[i * n + k] * r[j * n + k]).sum();
+                (0..n).for_each(|k| r[i * n + k] -= dot * r[j * n + k]);
+            }
+        }
+        let length = (0..n).map(|k| r[i * n + k] * r[i * n + k]).sum::<f64>().sqrt();
+        (0..n).for_each(|k| r[i * n + k] /= length);
+    }
+    r
+}
+
+/// Random transforms of `pairs`: orthonormal, and scales between 0.5 and 2.
+pub fn random_transforms(model: &Anatomy, pairs: &[Pair], seed: u64) -> Transforms {
+    let mut numbers = Numbers(seed);
+    let mut t = Transforms::identity("random", model.spec.layers);
+    for &pair in pairs {
+        let layers = if pair == Pair::Stream { 1 } else { model.spec.layers };
+        for l in 0..layers {
+            let shape = model.shape(pair, l);
+            let count: usize = shape.iter().product();
+            let values = match pair {
+                Pair::Stream => orthonormal(shape[0], &mut numbers),
+                Pair::Values => (0..shape[0]).flat_map(|_| orthonormal(shape[1], &mut numbers)).collect(),
+                _ => (0..count).map(|_| 2f64.powf(numbers.next())).collect(),
+            };
+            *t.slot(pair, l) = Some(values);
+        }
+    }
+    t
 }
