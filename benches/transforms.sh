@@ -5,7 +5,8 @@
 #   benches/transforms.sh MODEL CALIBRATION EVALUATION [TYPE...]
 #
 # MODEL is a checkpoint folder. A type is one of `--list-types`, taken for all matrices (--pure); `int4` is one scale for each row,
-# simulated and rounded to nearest. PRESETS, TOKENS of calibration, STEPS of learning, CHUNKS of evaluation: from the environment.
+# simulated and rounded to nearest. From the environment: PRESETS, TOKENS of calibration, STEPS of learning, CHUNKS of evaluation,
+# DEVICE of tuning.
 set -eu
 model=$1 calibration=$2 evaluation=$3
 shift 3
@@ -60,13 +61,16 @@ for preset in $presets; do
         # shellcheck disable=SC2086
         "$ours" "$model" "$work/nearest.gguf" $common --rounding nearest
         # shellcheck disable=SC2086
-        "$ours" "$model" "$work/gptq.gguf" $common
+        "$ours" "$model" "$work/gptq.gguf" $common --keep-state
         files="$work/nearest.gguf $work/gptq.gguf"
         if [ "$tune" != 0 ]; then
+            # what the state holds is tuned on
+            cp "$work/gptq.gguf" "$work/gptq-alone.gguf"
             # shellcheck disable=SC2086
-            "$ours" "$model" "$work/tuned.gguf" $common --tune "$tune"
-            files="$files $work/tuned.gguf"
+            "$ours" "$model" "$work/gptq.gguf" $common --tune "$tune" ${DEVICE:+--device "$DEVICE"}
+            files="$work/nearest.gguf $work/gptq-alone.gguf $work/gptq.gguf"
         fi
+        rm -rf "$work/gptq.gguf.ostq-state"
         # shellcheck disable=SC2046,SC2086
         printf ' %s |' $(kld $files)
     done

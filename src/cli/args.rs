@@ -232,6 +232,34 @@ fn parse_time(text: &str) -> Result<f64, String> {
     if seconds.is_finite() && seconds > 0.0 { Ok(seconds) } else { Err(bad()) }
 }
 
+/// Where a file of transforms comes from and goes to.
+#[derive(Args, Clone, Debug)]
+pub struct MakingArgs {
+    /// Checkpoint folder or GGUF file.
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// Transforms file to write (safetensors).
+    #[arg(long, short, value_name = "FILE", default_value = "transforms.safetensors")]
+    pub output: PathBuf,
+    /// Text; several times for several texts [default: a small general corpus that ships with the program].
+    #[arg(long, value_name = "TEXT")]
+    pub calibrate: Vec<PathBuf>,
+    /// Tokens of a window.
+    #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..))]
+    pub ctx: u32,
+    /// Of random rotations and of the order of the text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub resources: ResourceArgs,
+    /// Replace a file that is there.
+    #[arg(long)]
+    pub force: bool,
+    /// Only errors.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
 /// What a run of a model may take.
 #[derive(Args, Clone, Debug)]
 pub struct ResourceArgs {

@@ -6,9 +6,10 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
 
-use super::args::{ConvertArgs, ResourceArgs};
-use super::calibrate::{Opened, Prepared, pool, state_of};
+use super::args::{ConvertArgs, MakingArgs};
+use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
+use super::transform::Made;
 use super::tune::{HELD_OUT_MOST, HELD_OUT_PART, Progress, split, summary};
 use super::{Failure, REFUSED, RESOURCE, USAGE, print, words};
 use crate::calibration::fingerprint::fingerprint;
@@ -19,10 +20,9 @@ use crate::learning::fake::{Fake, can_round};
 use crate::learning::local;
 use crate::learning::network::{self, Network};
 use crate::learning::run::{self, Job, Settings};
-use crate::output;
 use crate::plan::memory::human;
 use crate::plan::{FileType, Input, Options, Recipe};
-use crate::transform::{Anatomy, Preset, Transforms, file, preset};
+use crate::transform::{Anatomy, Preset, Transforms, preset};
 use crate::tuning::head::Loss;
 use crate::tuning::run::SAVE_EVERY;
 
@@ -34,12 +34,6 @@ const TOP: usize = 1000;
 /// What to learn.
 #[derive(Args, Clone, Debug)]
 pub struct LearnArgs {
-    /// Checkpoint folder or GGUF file.
-    #[arg(value_name = "IN")]
-    input: PathBuf,
-    /// Transforms file to write (safetensors).
-    #[arg(long, short, value_name = "FILE", default_value = "transforms.safetensors")]
-    output: PathBuf,
     /// What the transforms are for: a type as --type takes it, or a simulated precision like w4a8 or w4a4kv4 (check
     /// --activations).
     #[arg(long = "for", value_name = "TYPE", default_value = "q4_0")]
@@ -70,26 +64,11 @@ pub struct LearnArgs {
     /// With w4a8 and the like: Hadamard rotations of queries and keys and of the input of the down matrix while it runs.
     #[arg(long)]
     online_hadamard: bool,
-    /// Text; several times for several texts [default: a small general corpus that ships with the program].
-    #[arg(long, value_name = "TEXT")]
-    calibrate: Vec<PathBuf>,
-    /// At most so many tokens of it, in whole windows.
+    /// At most so many tokens of the text, in whole windows.
     #[arg(long, value_name = "N")]
     calibrate_tokens: Option<u64>,
-    /// Tokens of a window.
-    #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..))]
-    ctx: u32,
-    /// Of random rotations and of the order of the text.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
     #[command(flatten)]
-    resources: ResourceArgs,
-    /// Replace a file that is there.
-    #[arg(long)]
-    force: bool,
-    /// Only errors.
-    #[arg(long, short)]
-    quiet: bool,
+    making: MakingArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -318,15 +297,13 @@ fn start(preset: Preset, anatomy: &Anatomy, input: &Input, seed: u64) -> Result<
 
 /// Learns and writes a transforms file.
 pub fn run(args: LearnArgs) -> Result<(), Failure> {
-    super::convert::install_signal_handlers()?;
-    output::check(&args.output, &[], None, args.force)?;
+    let making = &args.making;
     let preset = if args.method == MethodArg::Spinquant { Preset::SpinQuant } else { Preset::OstQuant };
-    let opened = Opened::new(&args.input)?;
-    let anatomy = Anatomy::new(&args.input, &*opened.input.source, &opened.input.metadata)?;
-    if !args.quiet {
+    let Made { opened, anatomy, state } = making.open()?;
+    if !making.quiet {
         preset::left_out(preset, &anatomy).iter().for_each(|w| print::stderr(&format!("warning: {w}")));
     }
-    let mut settings = settings(preset, args.steps, args.seed);
+    let mut settings = settings(preset, args.steps, making.seed);
     settings.batch = args.batch as usize;
     settings.rotation = rate("--rotation-rate", args.rotation_rate, settings.rotation)?;
     settings.scale = rate("--scale-rate", args.scale_rate, settings.scale)?;
@@ -348,8 +325,7 @@ pub fn run(args: LearnArgs) -> Result<(), Failure> {
     let rows = simulated.map(to_rows);
     let fake = |name: &str, columns: usize| rows.as_ref().map_or_else(|| of(name, columns), |f| f(name, columns));
     let builtin = [PathBuf::from(crate::plan::BUILT_IN)];
-    let state = state_of(&args.output);
-    let length = args.ctx as usize;
+    let length = making.ctx as usize;
     let request = Request {
         preset,
         local: args.local,
@@ -358,22 +334,16 @@ pub fn run(args: LearnArgs) -> Result<(), Failure> {
         fake: &fake,
         target: simulated.map_or_else(|| args.target.to_ascii_lowercase(), |s| s.to_string()),
         types: digest(&types),
-        texts: if args.calibrate.is_empty() { &builtin } else { &args.calibrate },
+        texts: if making.calibrate.is_empty() { &builtin } else { &making.calibrate },
         limit: args.calibrate_tokens.map(|n| (n as usize / length).max(1)),
         length,
-        threads: args.resources.threads,
-        max_memory: args.resources.max_memory,
+        threads: making.resources.threads,
+        max_memory: making.resources.max_memory,
         state: &state,
-        quiet: args.quiet,
+        quiet: making.quiet,
     };
-    let made = learn(&args.input, &opened.input, &anatomy, &request)?;
-    file::write(&args.output, &made, &anatomy, &fingerprint(&*opened.input.source), args.force)?;
-    crate::rounding::state::forget(&state);
-    if !args.quiet {
-        let (count, bytes) = (made.tensors().len(), human(made.bytes()));
-        print::stderr(&format!("{}: {}, {count} tensors, {bytes}", args.output.display(), made.name));
-    }
-    Ok(())
+    let made = learn(&making.input, &opened.input, &anatomy, &request)?;
+    making.write(&made, &anatomy, &*opened.input.source, &state)
 }
 
 fn rate(flag: &str, given: Option<f64>, default: f64) -> Result<f64, Failure> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::args::{ConvertArgs, ResourceArgs};
+use super::args::{ConvertArgs, MakingArgs};
 use super::calibrate::{Opened, Prepared, pool, state_of};
 use super::steps::Steps;
 use super::{Failure, REFUSED, USAGE, print, words};
@@ -25,42 +25,20 @@ const TOKENS: usize = 32_768;
 /// What to make.
 #[derive(Args, Clone, Debug)]
 pub struct TransformArgs {
-    /// Checkpoint folder or GGUF file.
-    #[arg(value_name = "IN")]
-    input: PathBuf,
-    /// Transforms file to write (safetensors).
-    #[arg(long, short, value_name = "FILE", default_value = "transforms.safetensors")]
-    output: PathBuf,
     /// smoothquant, awq, quarot or womi; or a file of SpinQuant or OSTQuant, to be written in this program's form.
     #[arg(long, value_name = "NAME|FILE")]
     preset: PathBuf,
-    /// Text for smoothquant and awq; several times for several texts [default: a small general corpus that ships with the
-    /// program].
-    #[arg(long, value_name = "TEXT")]
-    calibrate: Vec<PathBuf>,
-    /// At most so many tokens of it, in whole windows.
+    /// At most so many tokens of the text that smoothquant and awq make scales from, in whole windows.
     #[arg(long, value_name = "N", default_value_t = TOKENS)]
     calibrate_tokens: usize,
-    /// Tokens of a window.
-    #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..))]
-    ctx: u32,
     /// The type that awq makes scales for.
     #[arg(long = "for", value_name = "TYPE", default_value = "q4_k")]
     ty: String,
     /// How much of the differences between inputs smoothquant moves to the weights.
     #[arg(long, value_name = "X", default_value_t = 0.5)]
     alpha: f64,
-    /// Of random rotations.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
     #[command(flatten)]
-    resources: ResourceArgs,
-    /// Replace a file that is there.
-    #[arg(long)]
-    force: bool,
-    /// Only errors.
-    #[arg(long, short)]
-    quiet: bool,
+    making: MakingArgs,
 }
 
 /// What scales are made from, beside the model.
@@ -273,10 +251,45 @@ pub fn of_weights(what: &Path, opened: &Opened, seed: u64) -> Result<Option<Arc<
     Ok(Some(Arc::new(make(what, &opened.path, &opened.input, &anatomy, seed, &text)?)))
 }
 
+/// What transforms are made of, and where.
+pub struct Made {
+    pub opened: Opened,
+    pub anatomy: Anatomy,
+    /// Folder of what a run that is stopped goes on from.
+    pub state: PathBuf,
+}
+
+impl MakingArgs {
+    /// Opens the model, if the file may be written.
+    pub fn open(&self) -> Result<Made, Failure> {
+        super::convert::install_signal_handlers()?;
+        output::check(&self.output, &[], None, self.force)?;
+        let opened = Opened::new(&self.input)?;
+        let anatomy = Anatomy::new(&self.input, &*opened.input.source, &opened.input.metadata)?;
+        Ok(Made { opened, anatomy, state: state_of(&self.output) })
+    }
+
+    /// Writes the file and forgets the state.
+    pub fn write(
+        &self,
+        made: &Transforms,
+        anatomy: &Anatomy,
+        source: &dyn TensorSource,
+        state: &Path,
+    ) -> Result<(), Failure> {
+        file::write(&self.output, made, anatomy, &fingerprint(source), self.force)?;
+        crate::rounding::state::forget(state);
+        if !self.quiet {
+            let (count, bytes) = (made.tensors().len(), human(made.bytes()));
+            print::stderr(&format!("{}: {}, {count} tensors, {bytes}", self.output.display(), made.name));
+        }
+        Ok(())
+    }
+}
+
 /// Writes a transforms file.
 pub fn run(args: TransformArgs) -> Result<(), Failure> {
-    super::convert::install_signal_handlers()?;
-    output::check(&args.output, &[], None, args.force)?;
+    let making = &args.making;
     if !(0.0..=1.0).contains(&args.alpha) {
         return Err(Failure::new(USAGE, format!("--alpha: {} is not between 0 and 1", args.alpha)));
     }
@@ -284,9 +297,8 @@ pub fn run(args: TransformArgs) -> Result<(), Failure> {
         .map(FileType::default_type)
         .or_else(|| GgmlType::from_name(&args.ty))
         .ok_or_else(|| Failure::new(USAGE, format!("--for: `{}` is no type; `--list-types` shows all", args.ty)))?;
-    let opened = Opened::new(&args.input)?;
-    let anatomy = Anatomy::new(&args.input, &*opened.input.source, &opened.input.metadata)?;
-    if let (Some(p), false) = (named(&args.preset), args.quiet) {
+    let Made { opened, anatomy, state } = making.open()?;
+    if let (Some(p), false) = (named(&args.preset), making.quiet) {
         preset::left_out(p, &anatomy).iter().for_each(|w| print::stderr(&format!("warning: {w}")));
     }
     let source = &*opened.input.source;
@@ -294,25 +306,18 @@ pub fn run(args: TransformArgs) -> Result<(), Failure> {
         let t = source.tensors().iter().find(|t| t.name == name)?;
         (t.name.starts_with("blk.") && t.row_len().is_multiple_of(ty.block_len() as u64)).then_some(ty)
     };
-    let state = state_of(&args.output);
     let text = Text {
-        texts: &args.calibrate,
+        texts: &making.calibrate,
         tokens: args.calibrate_tokens,
-        ctx: args.ctx as usize,
+        ctx: making.ctx as usize,
         alpha: args.alpha,
         types: &fits,
         state: &state,
-        threads: args.resources.threads,
-        max_memory: args.resources.max_memory,
-        quiet: args.quiet,
+        threads: making.resources.threads,
+        max_memory: making.resources.max_memory,
+        quiet: making.quiet,
     };
-    let made = make(&args.preset, &args.input, &opened.input, &anatomy, args.seed, &text)?;
+    let made = make(&args.preset, &making.input, &opened.input, &anatomy, making.seed, &text)?;
     made.check(&anatomy)?;
-    file::write(&args.output, &made, &anatomy, &fingerprint(source), args.force)?;
-    crate::rounding::state::forget(&state);
-    if !args.quiet {
-        let (count, bytes) = (made.tensors().len(), human(made.bytes()));
-        print::stderr(&format!("{}: {}, {count} tensors, {bytes}", args.output.display(), made.name));
-    }
-    Ok(())
+    making.write(&made, &anatomy, source, &state)
 }

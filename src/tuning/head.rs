@@ -221,20 +221,21 @@ fn surprise(student: &mut [f32], wanted: &mut [f32], label: Option<usize>) -> f6
 
 /// Σ p (log p - log q) of the softmaxes of two rows of logits, which both rows become.
 fn divergence(student: &mut [f32], teacher: &mut [f32]) -> f64 {
-    let (mut q, mut p) = (student.to_vec(), teacher.to_vec());
-    let (lse_q, lse_p) = (log_sum_exp(student), log_sum_exp(teacher));
-    kernels::softmax(&mut q);
-    kernels::softmax(&mut p);
-    let divergence = difference_along(teacher, student, &p) - lse_p + lse_q;
-    student.copy_from_slice(&q);
-    teacher.copy_from_slice(&p);
-    divergence
+    let (most_q, most_p) = (largest(student), largest(teacher));
+    let [sum_q, sum_p, along] = exponentials(student, teacher, most_q, most_p);
+    kernels::scale(student, (1.0 / sum_q) as f32);
+    kernels::scale(teacher, (1.0 / sum_p) as f32);
+    along / sum_p - f64::from(most_p) - sum_p.ln() + f64::from(most_q) + sum_q.ln()
+}
+
+fn largest(row: &[f32]) -> f32 {
+    row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v))
 }
 
 /// log Σ exp.
 fn log_sum_exp(row: &[f32]) -> f64 {
-    let largest = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-    f64::from(largest) + sum_exp(row, largest).ln()
+    let most = largest(row);
+    f64::from(most) + sum_exp(row, most).ln()
 }
 
 vectorized! {
@@ -252,17 +253,28 @@ vectorized! {
 }
 
 vectorized! {
-    /// Σ p (a - b).
-    pub fn difference_along(a: &[f32], b: &[f32], p: &[f32]) -> f64 {
-        let mut lanes = [0f64; 16];
-        let (a16, b16, p16) = (a.as_chunks::<16>(), b.as_chunks::<16>(), p.as_chunks::<16>());
-        for ((a, b), p) in a16.0.iter().zip(b16.0).zip(p16.0) {
+    /// Makes two rows their exponentials, less their largest values; the sums of both, and Σ exp(p) (p - q) of the rows as they were.
+    pub fn exponentials(q: &mut [f32], p: &mut [f32], most_q: f32, most_p: f32) -> [f64; 3] {
+        let mut lanes = [[0f64; 16]; 3];
+        let mut rest = [0f64; 3];
+        let ((q16, q1), (p16, p1)) = (q.as_chunks_mut::<16>(), p.as_chunks_mut::<16>());
+        for (q, p) in q16.iter_mut().zip(p16) {
             for i in 0..16 {
-                lanes[i] += f64::from(p[i]) * f64::from(a[i] - b[i]);
+                let difference = p[i] - q[i];
+                (q[i], p[i]) = (kernels::exp(q[i] - most_q), kernels::exp(p[i] - most_p));
+                lanes[0][i] += f64::from(q[i]);
+                lanes[1][i] += f64::from(p[i]);
+                lanes[2][i] += f64::from(p[i]) * f64::from(difference);
             }
         }
-        let rest = a16.1.iter().zip(b16.1).zip(p16.1).map(|((a, b), p)| f64::from(*p) * f64::from(a - b));
-        lanes.iter().sum::<f64>() + rest.sum::<f64>()
+        for (q, p) in q1.iter_mut().zip(p1) {
+            let difference = *p - *q;
+            (*q, *p) = (kernels::exp(*q - most_q), kernels::exp(*p - most_p));
+            rest[0] += f64::from(*q);
+            rest[1] += f64::from(*p);
+            rest[2] += f64::from(*p) * f64::from(difference);
+        }
+        [0, 1, 2].map(|k| lanes[k].iter().sum::<f64>() + rest[k])
     }
 }
 
