@@ -36,7 +36,7 @@ fn a_file_made_from_ours_names_its_own_source() {
     let (base, direct, second, bare) = (inspect(&base), inspect(&direct), inspect(&second), inspect(&bare));
     assert_eq!(second["tensors"], direct["tensors"]);
     assert_eq!(values(&second, "ostq.source.files"), [&json!(["base.gguf"])]);
-    assert_eq!(values(&second, "ostq.source.sha256"), [&json!([base["sha256"]])]);
+    assert_eq!(values(&second, "ostq.source.sha256_pieces"), [&json!([base["sha256_pieces"]])]);
     assert_eq!(values(&direct, "ostq.source.files"), [&json!(["model.safetensors"])]);
     assert!(bare["metadata"].as_array().unwrap().iter().all(|k| !k["key"].as_str().unwrap().starts_with("ostq.")));
 }

@@ -118,6 +118,9 @@ pub struct ConvertArgs {
     /// Text to tune on; several times for several texts [default: that of --calibrate].
     #[arg(long, value_name = "TEXT", requires = "tune", help_heading = "Importance")]
     tune_text: Vec<PathBuf>,
+    /// Windows of a step of --tune: more of them learn better from many steps [default: 8].
+    #[arg(long, value_name = "N", requires = "tune", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    tune_batch: Option<u32>,
     /// What --tune runs on: cpu, or cuda (an NVIDIA GPU; needs a program built with the feature `cuda`).
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t, help_heading = "Run")]
     pub device: crate::tuning::run::Device,
@@ -350,6 +353,7 @@ impl ConvertArgs {
             one_pass: self.one_pass,
             tune: self.tune,
             tune_text: self.tune_text.clone(),
+            tune_batch: self.tune_batch,
             transform: self.transform.clone(),
             alpha: self.alpha,
             seed: self.seed,

@@ -121,7 +121,9 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
         text: if own { work.text(missing) + if more > missing { work.text(more) } else { 0.0 } } else { 0.0 },
         allocation: if allocates { work.allocation(7.0) } else { 0.0 },
         rounding: work.rounding(tokens, paths),
-        tuning: recipe.tune.map_or(0.0, |steps| work.tuning(f64::from(steps), 8.0 * length as f64)),
+        tuning: recipe
+            .tune
+            .map_or(0.0, |steps| work.tuning(f64::from(steps), (super::tune::batch(recipe) * length) as f64)),
     })
 }
 

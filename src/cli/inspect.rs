@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Failure, print};
 use crate::calibration::imatrix::hex;
 use crate::checkpoint::{CheckpointError, Weights, safetensors};
+use crate::convert::hash as pieces;
 use crate::gguf::{self, Array, Value};
 use crate::mapped::MappedFile;
 
@@ -60,8 +61,15 @@ impl Manifest {
 
 /// Reads `path`, a GGUF file, back from the disk.
 pub fn manifest(path: &Path) -> Result<Manifest, Failure> {
-    let (_, rows, sha256) = gguf_file(path, true)?;
-    Ok(Manifest { file: path.display().to_string(), sha256: sha256.unwrap_or_default(), rows })
+    let (_, rows, sums) = gguf_file(path, true)?;
+    Ok(Manifest { file: path.display().to_string(), sha256: sums.map(|s| s.sha256).unwrap_or_default(), rows })
+}
+
+/// Digests of a whole file, in hex.
+struct Sums {
+    sha256: String,
+    /// Of its pieces, as a converted file names its source ([`pieces::digest`]).
+    pieces: String,
 }
 
 /// Prints.
@@ -77,10 +85,10 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
         let mut text = String::new();
         let mut json = Vec::new();
         for (file, rows) in all {
-            let sum = args.sha256.then(|| digest(file));
+            let sum = args.sha256.then(|| sums(file));
             let name = file.path().display().to_string();
-            text += &show(&name, None, &rows, sum.as_deref());
-            json.push(to_json(&name, None, &rows, sum.as_deref()));
+            text += &show(&name, None, &rows, sum.as_ref());
+            json.push(to_json(&name, None, &rows, sum.as_ref()));
         }
         return output(&args, &text, Json::Array(json));
     }
@@ -88,19 +96,19 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     let name = path.display().to_string();
     if path.extension().is_some_and(|e| e == "safetensors") {
         let rows: Vec<Row> = safetensors::read(&file)?.iter().map(|e| entry(e, &file, args.sha256)).collect();
-        let sum = args.sha256.then(|| digest(&file));
-        return output(&args, &show(&name, None, &rows, sum.as_deref()), to_json(&name, None, &rows, sum.as_deref()));
+        let sum = args.sha256.then(|| sums(&file));
+        return output(&args, &show(&name, None, &rows, sum.as_ref()), to_json(&name, None, &rows, sum.as_ref()));
     }
     let (header, rows, sum) = gguf_file(path, args.sha256)?;
-    let text = show(&name, Some(&header), &rows, sum.as_deref());
-    output(&args, &text, to_json(&name, Some(&header), &rows, sum.as_deref()))
+    let text = show(&name, Some(&header), &rows, sum.as_ref());
+    output(&args, &text, to_json(&name, Some(&header), &rows, sum.as_ref()))
 }
 
 fn output(args: &InspectArgs, text: &str, json: Json) -> Result<(), Failure> {
     if args.json { print::stdout(format!("{json:#}\n").as_bytes()) } else { print::stdout(text.as_bytes()) }
 }
 
-fn gguf_file(path: &Path, sha: bool) -> Result<(gguf::Header, Vec<Row>, Option<String>), Failure> {
+fn gguf_file(path: &Path, sha: bool) -> Result<(gguf::Header, Vec<Row>, Option<Sums>), Failure> {
     let file = MappedFile::open(path).map_err(|e| CheckpointError::io(path, e))?;
     let header = gguf::read(file.bytes()).map_err(|e| CheckpointError::file(path, e.to_string()))?;
     file.advise_sequential();
@@ -115,7 +123,7 @@ fn gguf_file(path: &Path, sha: bool) -> Result<(gguf::Header, Vec<Row>, Option<S
             sha256: sha.then(|| hash(&file, t.offset as usize, (t.offset + t.bytes) as usize)),
         })
         .collect();
-    let sum = sha.then(|| digest(&file));
+    let sum = sha.then(|| sums(&file));
     Ok((header, rows, sum))
 }
 
@@ -129,28 +137,33 @@ fn entry(e: &safetensors::Entry, file: &MappedFile, sha: bool) -> Row {
     }
 }
 
-fn digest(file: &MappedFile) -> String {
-    hash(file, 0, file.bytes().len())
+fn sums(file: &MappedFile) -> Sums {
+    let mut all = Vec::new();
+    let sha256 = hash_by(file, 0, file.bytes().len(), |piece| all.push(Sha256::digest(piece).into()));
+    Sums { sha256, pieces: pieces::digest(all.into_iter()) }
 }
 
 /// sha256 of a range, pages released behind.
 fn hash(file: &MappedFile, begin: usize, end: usize) -> String {
-    const STEP: usize = 8 << 20;
+    hash_by(file, begin, end, |_| ())
+}
+
+/// The same; `each` gets its pieces.
+fn hash_by(file: &MappedFile, begin: usize, end: usize, mut each: impl FnMut(&[u8])) -> String {
     let mut h = Sha256::new();
-    let mut at = begin;
-    while at < end {
-        let to = (at + STEP).min(end);
+    for at in (begin..end).step_by(pieces::PIECE) {
+        let to = (at + pieces::PIECE).min(end);
         h.update(&file.bytes()[at..to]);
+        each(&file.bytes()[at..to]);
         file.release(at..to);
-        at = to;
     }
     hex(&h.finalize())
 }
 
-fn show(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<&str>) -> String {
+fn show(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<&Sums>) -> String {
     let mut text = format!("{name}\n");
     if let Some(sum) = sum {
-        text += &format!("sha256 {sum}\n");
+        text += &format!("sha256 {}\nsha256_pieces {}\n", sum.sha256, sum.pieces);
     }
     if let Some(h) = header {
         let endian = if h.big_endian { "big-endian, " } else { "" };
@@ -176,12 +189,17 @@ fn show(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<&st
     text + &print::table(&lines, &[false, false, false, true, false])
 }
 
-fn to_json(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<&str>) -> Json {
+fn to_json(name: &str, header: Option<&gguf::Header>, rows: &[Row], sum: Option<&Sums>) -> Json {
     let tensors: Vec<Json> = rows
         .iter()
         .map(|r| json!({ "name": r.name, "type": r.ty, "dims": r.dims, "bytes": r.bytes, "sha256": r.sha256 }))
         .collect();
-    let mut out = json!({ "file": name, "sha256": sum, "tensors": tensors });
+    let mut out = json!({
+        "file": name,
+        "sha256": sum.map(|s| &s.sha256),
+        "sha256_pieces": sum.map(|s| &s.pieces),
+        "tensors": tensors,
+    });
     if let Some(h) = header {
         let keys: Vec<Json> =
             h.metadata.iter().map(|(k, v)| json!({ "key": k, "type": type_name(v), "value": value_json(v) })).collect();

@@ -62,9 +62,14 @@ pub fn own(words: &[std::path::PathBuf]) -> bool {
     words.iter().any(|w| w.as_os_str() == crate::plan::OWN)
 }
 
+/// Windows of a step.
+pub fn batch(recipe: &Recipe) -> usize {
+    recipe.tune_batch.unwrap_or(run::BATCH) as usize
+}
+
 /// Windows of text for so many steps where the model writes: each is seen about four times. Files are taken whole.
 pub fn windows_of(recipe: &Recipe, steps: u32) -> usize {
-    (steps as usize * Settings::new(1, false).batch / 4).max(super::round::windows(recipe))
+    (steps as usize * batch(recipe) / 4).max(super::round::windows(recipe))
 }
 
 /// Splits windows of `length` tokens: most to learn from, some of the last part, spread evenly, to decide on.
@@ -103,7 +108,7 @@ pub fn after(
     let (learn, decide) = split(&tokens, length);
     let rounded = rounded_of(plan, tensors)?;
     let two_bits = plan.tensors.iter().any(|t| t.ty == GgmlType::Q2_K);
-    let settings = Settings::new(steps as usize, two_bits);
+    let settings = Settings::new(steps as usize, batch(recipe), two_bits);
     let latent: u64 = plan.tensors.iter().filter(|t| rounded.contains_key(&t.name)).map(|t| t.elements()).sum();
     let weights = input.source.tensors().iter().map(|t| t.elements() * 4).sum::<u64>();
     let batch = settings.batch * length;

@@ -1,13 +1,18 @@
-//! sha256 of the input files, computed beside the conversion.
+//! Digests of the input files, computed beside the conversion.
 //!
-//! One thread walks each file from front to back, at most a window ahead of the workers: what it has read is in the page
-//! cache when they come to it, so the disk is read once. It reads through its own small buffer: no resident pages.
+//! A file's digest is the sha256 of the sha256 digests of its pieces of [`PIECE`] bytes (the last one shorter), one after the
+//! other. One stream of sha256 is 1.5 GB/s on a processor with instructions for it, less than a conversion to Q4_0 or Q8_0 reads;
+//! pieces are computed by several threads.
+//!
+//! The threads walk the files from front to back, at most a window ahead of the workers: what they have read is in the page
+//! cache when the workers come to it, so the disk is read once. They read through small buffers of their own: no resident pages.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{Scope, ScopedJoinHandle};
 
 use sha2::{Digest, Sha256};
@@ -15,20 +20,26 @@ use sha2::{Digest, Sha256};
 use crate::calibration::imatrix::hex;
 use crate::mapped::MappedFile;
 
+/// Bytes of a piece.
+pub const PIECE: usize = 8 << 20;
 const BUFFER: usize = 1 << 18;
-/// How far it may be ahead of the workers.
+/// How far the threads may be ahead of the workers.
 const AHEAD: usize = 256 << 20;
+/// More threads would only wait for the disk.
+const THREADS: usize = 8;
 
-/// Digests in the order of the files, or the file that could not be read.
-type Digests = Result<Vec<String>, (PathBuf, io::Error)>;
+/// A piece's place, and its digest; or the file that could not be read.
+type Pieces = Result<Vec<(usize, [u8; 32])>, (PathBuf, io::Error)>;
 
-/// The thread and its limits.
+/// The threads and their limits.
 pub struct Hasher<'scope> {
-    shared: std::sync::Arc<Shared>,
-    thread: Option<ScopedJoinHandle<'scope, Digests>>,
+    shared: Arc<Shared>,
+    threads: Vec<ScopedJoinHandle<'scope, Pieces>>,
+    /// Pieces of each file.
+    counts: Vec<usize>,
 }
 
-/// A hasher that is dropped (a worker failed or panicked) ends its thread: the scope waits for it.
+/// A hasher that is dropped (a worker failed or panicked) ends its threads: the scope waits for them.
 impl Drop for Hasher<'_> {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
@@ -37,6 +48,10 @@ impl Drop for Hasher<'_> {
 }
 
 struct Shared {
+    /// The pieces of all files, in order: file and first byte.
+    pieces: Vec<(usize, usize)>,
+    /// The next one to take.
+    next: AtomicUsize,
     /// Bytes of each file that may be read now.
     limits: Vec<AtomicUsize>,
     stop: AtomicBool,
@@ -45,23 +60,28 @@ struct Shared {
 }
 
 impl<'scope> Hasher<'scope> {
-    /// Starts hashing `files`.
-    pub fn start<'env>(scope: &'scope Scope<'scope, 'env>, files: &'env [MappedFile]) -> Hasher<'scope> {
-        let shared = std::sync::Arc::new(Shared {
+    /// Starts hashing `files` on as many threads as the conversion has.
+    pub fn start<'env>(
+        scope: &'scope Scope<'scope, 'env>,
+        files: &'env [MappedFile],
+        threads: usize,
+    ) -> Hasher<'scope> {
+        let counts: Vec<usize> = files.iter().map(|f| f.bytes().len().div_ceil(PIECE)).collect();
+        let pieces = counts.iter().enumerate().flat_map(|(f, n)| (0..*n).map(move |i| (f, i * PIECE))).collect();
+        let shared = Arc::new(Shared {
+            pieces,
+            next: AtomicUsize::new(0),
             limits: files.iter().map(|_| AtomicUsize::new(AHEAD)).collect(),
             stop: AtomicBool::new(false),
             lock: Mutex::new(()),
             moved: Condvar::new(),
         });
-        let theirs = shared.clone();
-        let thread = scope.spawn(move || {
-            files
-                .iter()
-                .enumerate()
-                .map(|(i, f)| digest(f, i, &theirs).map_err(|e| (f.path().to_path_buf(), e)))
-                .collect()
-        });
-        Hasher { shared, thread: Some(thread) }
+        let start = |_| {
+            let shared = shared.clone();
+            scope.spawn(move || shared.work(files))
+        };
+        let threads = (0..threads.clamp(1, THREADS)).map(start).collect();
+        Hasher { shared, threads, counts }
     }
 
     /// Workers have reached byte `end` of file `index`.
@@ -70,44 +90,98 @@ impl<'scope> Hasher<'scope> {
         self.shared.moved.notify_all();
     }
 
-    /// Lets the thread read to the end; the digests in lower-case hex, in the order of the files.
-    pub fn finish(mut self) -> Digests {
+    /// Lets the threads read to the end; the digests in lower-case hex, in the order of the files.
+    pub fn finish(mut self) -> Result<Vec<String>, (PathBuf, io::Error)> {
         for l in &self.shared.limits {
             l.store(usize::MAX, Ordering::Relaxed);
         }
         self.shared.moved.notify_all();
-        let thread = self.thread.take().expect("taken once, here");
-        thread.join().expect("the hasher does not panic")
+        let mut all = Vec::with_capacity(self.shared.pieces.len());
+        for thread in self.threads.drain(..) {
+            all.extend(thread.join().expect("a hasher does not panic")?);
+        }
+        all.sort_unstable_by_key(|p| p.0);
+        let mut digests = all.iter().map(|p| p.1);
+        Ok(self.counts.iter().map(|n| digest(digests.by_ref().take(*n))).collect())
     }
 }
 
-fn digest(file: &MappedFile, index: usize, shared: &Shared) -> io::Result<String> {
+/// The digest of a file whose pieces have these digests, in lower-case hex.
+pub fn digest(pieces: impl Iterator<Item = [u8; 32]>) -> String {
     let mut hash = Sha256::new();
-    let mut input = File::open(file.path())?;
-    let mut buffer = vec![0u8; BUFFER];
-    let mut done = 0usize;
-    while !shared.stop.load(Ordering::Relaxed) {
-        wait_for(shared, index, done);
-        match input.read(&mut buffer)? {
-            0 => break,
-            n => {
-                hash.update(&buffer[..n]);
-                done += n;
+    pieces.for_each(|p| hash.update(p));
+    hex(&hash.finalize())
+}
+
+impl Shared {
+    /// Takes pieces until none is left.
+    fn work(&self, files: &[MappedFile]) -> Pieces {
+        let mut done = Vec::new();
+        let mut open: Option<(usize, File)> = None;
+        let mut buffer = vec![0u8; BUFFER];
+        loop {
+            let at = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(&(index, first)) = self.pieces.get(at) else { return Ok(done) };
+            self.wait_for(index, first);
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(done);
             }
+            let failed = |e| (files[index].path().to_path_buf(), e);
+            if open.as_ref().is_none_or(|(i, _)| *i != index) {
+                open = Some((index, File::open(files[index].path()).map_err(failed)?));
+            }
+            let file = &open.as_ref().expect("opened above").1;
+            let end = (first + PIECE).min(files[index].bytes().len());
+            let mut hash = Sha256::new();
+            for from in (first..end).step_by(BUFFER) {
+                let part = &mut buffer[..BUFFER.min(end - from)];
+                file.read_exact_at(part, from as u64).map_err(failed)?;
+                hash.update(part);
+            }
+            done.push((at, hash.finalize().into()));
         }
     }
-    Ok(hex(&hash.finalize()))
+
+    fn wait_for(&self, index: usize, first: usize) {
+        let reached = || self.limits[index].load(Ordering::Relaxed) > first || self.stop.load(Ordering::Relaxed);
+        if reached() {
+            return;
+        }
+        let mut guard = self.lock.lock().unwrap_or_else(|e| e.into_inner());
+        while !reached() {
+            // a missed wake-up costs one tick
+            let tick = std::time::Duration::from_millis(5);
+            (guard, _) = self.moved.wait_timeout(guard, tick).unwrap_or_else(|e| e.into_inner());
+        }
+    }
 }
 
-fn wait_for(shared: &Shared, index: usize, done: usize) {
-    let reached = || shared.limits[index].load(Ordering::Relaxed) > done || shared.stop.load(Ordering::Relaxed);
-    if reached() {
-        return;
-    }
-    let mut guard = shared.lock.lock().unwrap_or_else(|e| e.into_inner());
-    while !reached() {
-        // a missed wake-up costs one tick
-        (guard, _) =
-            shared.moved.wait_timeout(guard, std::time::Duration::from_millis(5)).unwrap_or_else(|e| e.into_inner());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Several pieces, files that end inside one and on the end of one, an empty file: the textbook's digests for any threads.
+    #[test]
+    fn digests_are_those_of_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let sizes = [2 * PIECE + 12_345, PIECE, 7];
+        let contents = sizes.map(|n| (0..n).map(|i| (i * 2_654_435_761 >> 13) as u8).collect::<Vec<u8>>());
+        let files: Vec<MappedFile> = contents
+            .iter()
+            .enumerate()
+            .map(|(i, bytes)| {
+                let path = dir.path().join(i.to_string());
+                std::fs::write(&path, bytes).unwrap();
+                MappedFile::open(&path).unwrap()
+            })
+            .collect();
+        let wanted: Vec<String> = contents
+            .iter()
+            .map(|bytes| hex(&Sha256::digest(bytes.chunks(PIECE).flat_map(Sha256::digest).collect::<Vec<u8>>())))
+            .collect();
+        for threads in [1, 3, 64] {
+            let got = std::thread::scope(|scope| Hasher::start(scope, &files, threads).finish()).unwrap();
+            assert_eq!(got, wanted, "{threads} threads");
+        }
     }
 }

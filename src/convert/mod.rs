@@ -5,7 +5,7 @@
 //! file where there is one, encodes, writes the bytes at their planned place and lets the pages go. Places are planned,
 //! so the order of completion does not matter, and neither do the number of threads or the instruction set.
 
-mod hash;
+pub mod hash;
 pub mod progress;
 pub mod provenance;
 mod verify;
@@ -86,7 +86,7 @@ pub fn run(mut run: Run) -> Result<Done, ConvertError> {
         .map_err(|e| ConvertError::Threads(e.to_string()))?;
     let files = run.input.source.files();
     let (overflows, hashes) = std::thread::scope(|scope| {
-        let hasher = digests.then(|| hash::Hasher::start(scope, files));
+        let hasher = digests.then(|| hash::Hasher::start(scope, files, run.memory.threads));
         let overflows = work::run(&run, &out, &pool, hasher.as_ref())?;
         if hasher.is_some() {
             // the disk has work while the digests are finished; the header follows and is synced below

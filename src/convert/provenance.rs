@@ -10,7 +10,7 @@ use crate::gguf::{self, Array, Metadata, Value};
 use crate::plan::{Input, PAIRS_KEY, Plan, Recipe, TRANSFORM_KEY};
 use crate::transform::{Pair, Transforms};
 
-const SOURCE_SHA256: &str = "ostq.source.sha256";
+const SOURCE_DIGESTS: &str = "ostq.source.sha256_pieces";
 /// Length of a sha256 in hex.
 const HEX: usize = 64;
 
@@ -39,7 +39,7 @@ pub fn keys(input: &Input, recipe: &Recipe, imatrix: Option<&Imatrix>, transform
         .collect();
     if !names.is_empty() {
         let blank = " ".repeat(HEX);
-        keys.push((SOURCE_SHA256.into(), Value::strs(names.iter().map(|_| blank.as_str()))));
+        keys.push((SOURCE_DIGESTS.into(), Value::strs(names.iter().map(|_| blank.as_str()))));
         keys.push(("ostq.source.files".into(), Value::strs(&names)));
     }
     keys
@@ -47,13 +47,13 @@ pub fn keys(input: &Input, recipe: &Recipe, imatrix: Option<&Imatrix>, transform
 
 /// True if the plan has a place for the digests of the input.
 pub fn is_wanted(metadata: &Metadata) -> bool {
-    gguf::value::get(metadata, SOURCE_SHA256).is_some()
+    gguf::value::get(metadata, SOURCE_DIGESTS).is_some()
 }
 
 /// Puts the digests into the planned header.
 pub fn fill(plan: &mut Plan, hashes: &[String]) {
     for (key, value) in &mut plan.metadata {
-        if key == SOURCE_SHA256 {
+        if key == SOURCE_DIGESTS {
             *value = Value::Array(Array::Str(hashes.iter().map(|h| h.as_bytes().to_vec()).collect()));
         }
     }

@@ -80,6 +80,9 @@ pub struct Recipe {
     /// Texts to tune on; empty: those of `calibrate`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tune_text: Vec<PathBuf>,
+    /// Windows of a step of tuning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tune_batch: Option<u32>,
     /// A preset's name or a transforms file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transform: Option<PathBuf>,
@@ -159,7 +162,7 @@ impl Recipe {
             (self.r#type, self.outtype) = (None, None);
         }
         take!(r#type outtype via output_tensor_type token_embedding_type imatrix model_name metadata chat_template pre);
-        take!(quality calibrate_tokens ctx rounding tune transform alpha seed);
+        take!(quality calibrate_tokens ctx rounding tune tune_batch transform alpha seed);
         // one word on which tensor gets which type
         if over.target_size.is_some() || over.target_bpw.is_some() || over.like.is_some() || over.mix.is_some() {
             (self.target_size, self.target_bpw, self.like) = (over.target_size, over.target_bpw, over.like);

@@ -33,12 +33,17 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// What measured best: see docs/quality.md. `bits`: of the coarsest type of the layers.
-    pub fn new(steps: usize, two_bits: bool) -> Settings {
-        let code_rate = if two_bits { 5e-3 } else { 2e-3 };
-        Settings { steps, batch: 8, rate: 5e-4, code_rate, latent: 16, seed: 1, every: (steps / 12).clamp(10, 50) }
+    /// What measured best: see docs/quality.md. `two_bits`: the coarsest type of the layers has two; codes then go further in
+    /// few steps.
+    pub fn new(steps: usize, batch: usize, two_bits: bool) -> Settings {
+        let least = 2e-3;
+        let code_rate = if two_bits { (1.5 / steps.max(1) as f32).clamp(least, 5e-3) } else { least };
+        Settings { steps, batch, rate: 5e-4, code_rate, latent: 16, seed: 1, every: (steps / 12).clamp(10, 50) }
     }
 }
+
+/// Windows of a step where nothing else is said.
+pub const BATCH: u32 = 8;
 
 /// Where to tune.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
