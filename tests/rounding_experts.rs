@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use decoder::{Memory, Numbers};
+use ostq_convert::allocation::costs;
 use ostq_convert::formats::format;
 use ostq_convert::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner};
 use ostq_convert::gguf::{GgmlType, Metadata, Value};
@@ -152,10 +153,8 @@ impl Observer for Moments {
     }
 }
 
-/// With the float model's inputs, in the norm of each expert's own second moment, GPTQ is nearer than nearest rounding; the expert
-/// that sees no token is what nearest rounding makes of it, and its report says so.
-#[test]
-fn experts_are_rounded_on_their_own_tokens() {
+/// Of the mixture on its text.
+fn moments() -> Moments {
     let (memory, metadata) = mixture();
     let model = Model::new(Path::new("memory"), &memory, &metadata).unwrap();
     let ids = tokens(60);
@@ -166,6 +165,14 @@ fn experts_are_rounded_on_their_own_tokens() {
     for l in 0..LAYERS {
         runner.layer_in_place(l, &mut hidden, ids.len(), 4, &mut moments).unwrap();
     }
+    moments
+}
+
+/// With the float model's inputs, in the norm of each expert's own second moment, GPTQ is nearer than nearest rounding; the expert
+/// that sees no token is what nearest rounding makes of it, and its report says so.
+#[test]
+fn experts_are_rounded_on_their_own_tokens() {
+    let (memory, moments) = (mixture().0, moments());
     for ty in [GgmlType::Q4_0, GgmlType::IQ4_NL] {
         let types = types(&memory, ty);
         let (values, reports) = round(&Run { one_pass: true, ..PLAIN }, &types);
@@ -223,4 +230,57 @@ fn one_of_the_three_may_stay() {
     let (values, reports) = round(&PLAIN, &types);
     assert_eq!(values.keys().filter(|n| n.contains("_exps")).count(), LAYERS * 2);
     assert!(!reports.iter().any(|r| r.name.contains("ffn_down_exps")));
+}
+
+/// What types cost the experts of a mixture is the relative error of their outputs on the tokens that they see, weighed by the mean
+/// squares of the inputs; dense linears and the head have costs, too, and more bits cost less.
+#[test]
+fn types_of_experts_cost_their_relative_error() {
+    let (memory, metadata) = mixture();
+    let model = Model::new(Path::new("memory"), &memory, &metadata).unwrap();
+    let moments = moments();
+    let ids = tokens(60);
+    let folder = tempfile::tempdir().unwrap();
+    let choices = [GgmlType::Q4_0, GgmlType::Q5_0, GgmlType::Q8_0];
+    let mut all = types(&memory, GgmlType::Q4_0);
+    all.extend(["token_embd.weight", "output.weight"].map(|n| (n.to_string(), GgmlType::Q4_0)));
+    let candidates = all.keys().map(|n| (n.clone(), choices.to_vec())).collect();
+    let (batch, state) = (4, folder.path());
+    let job =
+        costs::Job { model: &model, tokens: &ids, length: LENGTH, batch, backward: 8, candidates, gptq: true, state };
+    let found = costs::run(&job, &mut |_, _| ()).unwrap();
+    assert_eq!(found.len(), all.len());
+    for c in &found {
+        assert!(c.choices.iter().all(|o| o.cost > 0.0) && c.choices.is_sorted_by(|a, b| a.cost > b.cost), "{c:?}");
+        if !c.name.contains("_exps") {
+            continue;
+        }
+        let index = memory.tensors.iter().position(|t| t.name == c.name).unwrap();
+        let (w, n) = (&memory.values[index], memory.tensors[index].row_len() as usize);
+        let size = w.len() / EXPERTS;
+        for (ty, choice) in choices.iter().zip(&c.choices) {
+            let (mut error, mut energy) = (0.0, 0.0);
+            for e in 0..EXPERTS {
+                let Some((count, h)) = moments.0.get(&(c.name.clone(), e)) else { continue };
+                let squares: Vec<f64> = (0..n).map(|i| h[i * n + i]).collect();
+                let importance: Vec<f32> = squares.iter().map(|s| (s / *count as f64) as f32).collect();
+                let own = &w[e * size..(e + 1) * size];
+                let mut bytes = vec![0u8; size / ty.block_len() * ty.block_bytes()];
+                format(*ty).unwrap().encode(own, n, Some(&importance), &mut bytes).unwrap();
+                let mut made = vec![0f32; size];
+                format(*ty).unwrap().decode(&bytes, &mut made);
+                for (i, (v, w)) in made.iter().zip(own).enumerate() {
+                    error += f64::from(v - w).powi(2) * squares[i % n];
+                    energy += f64::from(*w).powi(2) * squares[i % n];
+                }
+            }
+            assert!(
+                (choice.cost / (error / energy) - 1.0).abs() < 1e-4,
+                "{} {ty}: {} {}",
+                c.name,
+                choice.cost,
+                error / energy
+            );
+        }
+    }
 }

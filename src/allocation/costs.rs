@@ -9,7 +9,12 @@
 //! with `g_o` the gradient of the loss by output `o` (labels drawn from the model itself: the Fisher information) and `H` the
 //! second moment of the input; outputs are taken as independent of each other and of the input. For the embedding it is
 //! `½ Σ_v p(v) e_vᵀ E[g gᵀ] e_v` with `e_v` the error of row `v` and `p(v)` how often the text has it. Errors are those of
-//! nearest rounding: GPTQ lowers them by about the same factor for all types.
+//! nearest rounding. GPTQ lowers them, by about the same factor for all types, but by more where inputs are correlated: errors of
+//! one size cost `Σ_j 1 / U_jj²` in place of `Σ_j H_jj` ([`Factor`]), and costs are multiplied by the ratio.
+//!
+//! Mixtures of experts have no backward pass here. Their costs are errors relative to the output, `Σ_o (ΔW H ΔWᵀ)_oo` by
+//! `Σ_o (W H Wᵀ)_oo`, every linear counting alike; of the experts each with the diagonal of its own `H`, as often as tokens are
+//! routed to it.
 
 use std::path::Path;
 
@@ -18,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::AllocationError;
 use crate::calibration::collector::Collector;
+use crate::calibration::moments::Moments;
 use crate::calibration::run::{Collect, specs};
 use crate::forward::backward::{self, Fisher, Labels, Windows};
 use crate::forward::layer::{FeedForward, Linear};
@@ -25,7 +31,9 @@ use crate::forward::run::Head;
 use crate::forward::{Activations, Hidden, Model, Runner};
 use crate::gguf::GgmlType;
 use crate::linalg::{View, ViewMut, times};
-use crate::rounding::factor;
+use crate::rounding::fit::DAMPING;
+use crate::rounding::run::embedding_factor;
+use crate::rounding::{Factor, RoundingError};
 
 /// Rows of a task.
 const ROWS: usize = 64;
@@ -37,7 +45,7 @@ const SEED: u64 = 1;
 pub struct Choice {
     pub ty: String,
     pub bytes: u64,
-    /// Predicted KL divergence.
+    /// Predicted KL divergence; of a mixture of experts the relative error of the output.
     pub cost: f64,
 }
 
@@ -59,6 +67,8 @@ pub struct Job<'a> {
     pub backward: usize,
     /// Tensors and the types that each may get.
     pub candidates: Vec<(String, Vec<GgmlType>)>,
+    /// GPTQ follows.
+    pub gptq: bool,
     pub state: &'a Path,
 }
 
@@ -66,21 +76,33 @@ pub struct Job<'a> {
 pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<TensorCosts>, AllocationError> {
     let model = job.model;
     let (n, layers) = (model.spec.embed, model.spec.layers);
-    let backward_steps = backward::steps(model);
+    let backward_steps = if has_backward(model) { backward::steps(model) } else { 0 };
     let all = backward_steps + layers + 1;
     std::fs::create_dir_all(job.state).map_err(|source| AllocationError::Io { file: job.state.into(), source })?;
     let text = &job.tokens[..job.tokens.len().min(job.backward * job.length)];
     let windows = Windows { length: job.length, batch: job.batch.min(8), first: 1 };
-    let fisher =
-        backward::fisher_of(model, text, windows, Labels::Sampled(SEED), Some(job.state), &mut |i| step(i, all))?;
+    let fisher = match has_backward(model) {
+        true => {
+            let watch = &mut |i| step(i, all);
+            Some(backward::fisher_of(model, text, windows, Labels::Sampled(SEED), Some(job.state), watch)?)
+        }
+        false => None,
+    };
+    let fisher = fisher.as_ref();
     let bytes = (job.tokens.len() * n * 4) as u64;
     let mut streams = [Hidden::scratch(job.state, 0, bytes)?, Hidden::scratch(job.state, 1, bytes)?];
     let mut runner = Runner::new(model, job.length, Activations::F32)?;
     runner.embed(job.tokens, &mut streams[0])?;
-    let mut costs = vec![embedding(job, &fisher)?];
+    let table_gain = match fisher {
+        Some(f) => gain(job, &embedding_factor(model, f)?),
+        None => 1.0,
+    };
+    let mut costs = vec![embedding(job, table_gain, fisher)?];
     for l in 0..layers {
-        let mut collect =
-            Collect(Collector::new(specs(model, l, true)).map_err(crate::calibration::CalibrationError::from)?);
+        let mut wanted = specs(model, l, true);
+        // second moments of every expert would not fit in memory
+        wanted.iter_mut().filter(|w| w.experts.is_some()).for_each(|w| w.second = false);
+        let mut collect = Collect(Collector::new(wanted).map_err(crate::calibration::CalibrationError::from)?);
         let [a, b] = &mut streams;
         let (from, to) = if l % 2 == 0 { (&*a, b) } else { (&*b, a) };
         runner.layer(l, from, to, job.tokens.len(), job.batch, &mut collect)?;
@@ -90,10 +112,14 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
             linears.extend([gate, up, down]);
         }
         for linear in linears {
-            if let Some(moments) = collect.0.moments(&linear.name).and_then(|m| m.first()) {
-                let h = factor::mean_second(moments).unwrap_or_default();
-                add(&mut costs, of_linear(job, linear, &h, &fisher)?);
+            // an input that is always 0: the tensor keeps the mix's type
+            let factor = collect.0.moments(&linear.name).and_then(|m| m.first()).and_then(|m| factor_of(m).ok());
+            if let Some(f) = factor {
+                add(&mut costs, of_linear(job, linear, &f, gain(job, &f), fisher)?);
             }
+        }
+        if let FeedForward::Experts { .. } = &layer.ffn {
+            costs.extend(of_experts(job, l, &collect.0)?);
         }
         step(backward_steps + l + 1, all);
     }
@@ -113,8 +139,11 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
         head.input(&mut x, &mut collect)?;
     }
     let moments = collect.0.moments(model.head_name()).and_then(|m| m.first());
-    let h = moments.and_then(factor::mean_second).unwrap_or_default();
-    add(&mut costs, of_linear(job, &model.head(Activations::F32)?, &h, &fisher)?);
+    if let Some(f) = moments.and_then(|m| factor_of(m).ok()) {
+        // a head that is the embedding is rounded as both
+        let gain = if model.head_name() == "token_embd.weight" { table_gain } else { gain(job, &f) };
+        add(&mut costs, of_linear(job, &model.head(Activations::F32)?, &f, gain, fisher)?);
+    }
     step(all, all);
     costs.retain(|c| !c.choices.is_empty());
     Ok(costs)
@@ -132,13 +161,50 @@ fn types<'a>(job: &'a Job<'_>, name: &str) -> &'a [GgmlType] {
     job.candidates.iter().find(|(n, _)| n == name).map_or(&[], |(_, t)| t)
 }
 
+/// True if gradients of the model's loss can be had.
+pub fn has_backward(model: &Model<'_>) -> bool {
+    model.spec.experts == 0
+}
+
+/// Second moments of a linear's input: `[n, n]`, or their diagonal alone.
+enum Second<'a> {
+    Full(&'a [f32]),
+    Diagonal(&'a [f32]),
+}
+
+impl Second<'_> {
+    /// `d_rᵀ H d_r` of every row of `d` \[rows, n\].
+    fn norms(&self, d: &[f32], n: usize) -> Vec<f64> {
+        let along = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        match self {
+            Second::Full(h) => {
+                let rows = d.len() / n;
+                let mut hd = vec![0f32; d.len()];
+                times(ViewMut::new(&mut hd, rows, n), View::new(d, rows, n), View::new(h, n, n), 1.0);
+                d.chunks_exact(n).zip(hd.chunks_exact(n)).map(|(d, hd)| along(d, hd)).collect()
+            }
+            Second::Diagonal(h) => {
+                let row =
+                    |d: &[f32]| d.iter().zip(*h).map(|(d, h)| f64::from(*d) * f64::from(*d) * f64::from(*h)).sum();
+                d.chunks_exact(n).map(row).collect()
+            }
+        }
+    }
+
+    /// `Σ_r w_rᵀ H w_r` over the rows of `w` \[rows, n\].
+    fn energy(&self, w: &[f32], n: usize) -> f64 {
+        let parts: Vec<f64> = w.par_chunks(ROWS * n).map(|w| self.norms(w, n).iter().sum()).collect();
+        parts.iter().sum()
+    }
+}
+
 /// `Σ_r weight_r d_rᵀ H d_r` over rows, `d` what rounding to `ty` changes of `w` \[rows, n\].
 fn error(
     name: &str,
     (w, n): (&[f32], usize),
     ty: GgmlType,
     importance: &[f32],
-    h: &[f32],
+    h: &Second<'_>,
     weight: impl Fn(usize) -> f64 + Sync,
 ) -> Result<f64, AllocationError> {
     let format = crate::formats::format(ty).expect("a type that can be encoded");
@@ -148,35 +214,88 @@ fn error(
         .enumerate()
         .map(|(i, w)| {
             let rows = w.len() / n;
-            let (mut bytes, mut d, mut hd) = (vec![0u8; rows * row_bytes], vec![0f32; rows * n], vec![0f32; rows * n]);
+            let (mut bytes, mut d) = (vec![0u8; rows * row_bytes], vec![0f32; rows * n]);
             format
                 .encode(w, n, Some(importance), &mut bytes)
                 .map_err(|source| AllocationError::Format { tensor: name.to_string(), source })?;
             format.decode(&bytes, &mut d);
             d.iter_mut().zip(w).for_each(|(d, w)| *d -= w);
-            times(ViewMut::new(&mut hd, rows, n), View::new(&d, rows, n), View::new(h, n, n), 1.0);
-            let row =
-                |(d, hd): (&[f32], &[f32])| d.iter().zip(hd).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-            Ok(d.chunks_exact(n).zip(hd.chunks_exact(n)).enumerate().map(|(r, p)| weight(i * ROWS + r) * row(p)).sum())
+            Ok(h.norms(&d, n).iter().enumerate().map(|(r, e)| weight(i * ROWS + r) * e).sum())
         })
         .collect();
     Ok(tasks?.iter().sum())
 }
 
-fn of_linear(job: &Job<'_>, l: &Linear, h: &[f64], fisher: &Fisher) -> Result<TensorCosts, AllocationError> {
+fn factor_of(m: &Moments) -> Result<Factor, RoundingError> {
+    Factor::new(m.second().unwrap_or_default(), m.count(), m.columns(), DAMPING)
+}
+
+/// What GPTQ leaves of the errors of nearest rounding.
+fn gain(job: &Job<'_>, f: &Factor) -> f64 {
+    if !job.gptq {
+        return 1.0;
+    }
+    let sum = |values: &mut dyn Iterator<Item = f32>| values.map(f64::from).sum::<f64>();
+    sum(&mut f.costs.iter().copied()) / sum(&mut (0..f.n).map(|i| f.h[i * f.n + i]))
+}
+
+fn of_linear(
+    job: &Job<'_>,
+    l: &Linear,
+    f: &Factor,
+    gain: f64,
+    fisher: Option<&Fisher>,
+) -> Result<TensorCosts, AllocationError> {
     let (n, name) = (l.inputs, &l.name);
-    let importance: Vec<f32> = (0..n).map(|i| h[i * n + i] as f32).collect();
-    let h: Vec<f32> = h.iter().map(|v| *v as f32).collect();
-    let squares = fisher.of(name).unwrap_or_default();
+    let h = Second::Full(&f.h);
+    let squares = fisher.and_then(|f| f.of(name)).unwrap_or_default();
     // parts of a fused weight: the mean over all of its outputs
     let mean = squares.iter().sum::<f64>() / squares.len().max(1) as f64;
     let whole = squares.len() == l.outputs();
-    let weight = |o: usize| 0.5 * if whole { squares[o] } else { mean };
+    let relative = if fisher.is_none() { 1.0 / h.energy(&l.weight, n).max(f64::MIN_POSITIVE) } else { 0.0 };
+    let weight = |o: usize| match fisher {
+        None => relative,
+        Some(_) => 0.5 * gain * if whole { squares[o] } else { mean },
+    };
     let choices = types(job, name).iter().map(|&ty| {
-        let cost = error(name, (&l.weight, n), ty, &importance, &h, weight)?;
+        let cost = error(name, (&l.weight, n), ty, &f.importance, &h, weight)?;
         Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost })
     });
     Ok(TensorCosts { name: name.clone(), choices: choices.collect::<Result<_, AllocationError>>()? })
+}
+
+/// Gate, up and down of the experts of layer `l`.
+fn of_experts(job: &Job<'_>, l: usize, collected: &Collector) -> Result<Vec<TensorCosts>, AllocationError> {
+    // by part: the energy of the output, and the error of each type
+    let mut sums: [(String, f64, Vec<f64>); 3] = Default::default();
+    for e in 0..job.model.spec.experts {
+        for (linear, (name, energy, errors)) in job.model.expert(l, e, Activations::F32)?.iter().zip(&mut sums) {
+            let n = linear.inputs;
+            name.clone_from(&linear.name);
+            let types = types(job, name);
+            errors.resize(types.len(), 0.0);
+            let moments = collected.moments(name).and_then(|m| m.get(e));
+            // an expert that no token came to costs nothing that is known
+            let Some(squares) = moments.and_then(|m| m.mean_square()) else { continue };
+            let share = moments.map_or(0, |m| m.count()) as f64 / job.tokens.len() as f64;
+            let importance: Vec<f32> = squares.iter().map(|v| *v as f32).collect();
+            let h = Second::Diagonal(&importance);
+            *energy += share * h.energy(&linear.weight, n);
+            for (sum, &ty) in errors.iter_mut().zip(types) {
+                *sum += error(name, (&linear.weight, n), ty, &importance, &h, |_| share)?;
+            }
+        }
+    }
+    let costs = sums.map(|(name, energy, errors)| {
+        let choice = |(&ty, error): (&GgmlType, f64)| Choice {
+            ty: ty.name().into(),
+            bytes: bytes(job, &name, ty),
+            cost: error / energy.max(f64::MIN_POSITIVE),
+        };
+        let choices = types(job, &name).iter().zip(errors).map(choice).collect();
+        TensorCosts { name, choices }
+    });
+    Ok(costs.into())
 }
 
 fn bytes(job: &Job<'_>, name: &str, ty: GgmlType) -> u64 {
@@ -185,16 +304,26 @@ fn bytes(job: &Job<'_>, name: &str, ty: GgmlType) -> u64 {
 }
 
 /// The embedding, each row as often as the text has it.
-fn embedding(job: &Job<'_>, fisher: &Fisher) -> Result<TensorCosts, AllocationError> {
+fn embedding(job: &Job<'_>, gain: f64, fisher: Option<&Fisher>) -> Result<TensorCosts, AllocationError> {
     let name = "token_embd.weight";
     let (n, vocab) = (job.model.spec.embed, job.model.vocab);
     let mut counts = vec![0u64; vocab];
     job.tokens.iter().for_each(|&t| counts[t as usize] += 1);
     let mut table = vec![0f32; vocab * n];
     job.model.embedding_rows(0, vocab, &mut table)?;
-    let g: Vec<f32> = crate::linalg::unpack(&fisher.embedding, n).iter().map(|v| *v as f32).collect();
+    let g: Option<Vec<f32>> =
+        fisher.map(|f| crate::linalg::unpack(&f.embedding, n).iter().map(|v| *v as f32).collect());
     let ones = vec![1f32; n];
-    let weight = |v: usize| 0.5 * counts[v] as f64 / job.tokens.len() as f64;
+    let g = g.as_ref().map_or(Second::Diagonal(&ones), |g| Second::Full(g));
+    let often = |v: usize| counts[v] as f64 / job.tokens.len() as f64;
+    let scale = match fisher {
+        Some(_) => 0.5 * gain,
+        None => {
+            let norms = table.chunks_exact(n).enumerate().map(|(v, row)| often(v) * g.norms(row, n)[0]);
+            1.0 / norms.sum::<f64>().max(f64::MIN_POSITIVE)
+        }
+    };
+    let weight = |v: usize| scale * often(v);
     let choices = types(job, name).iter().map(|&ty| {
         let cost = error(name, (&table, n), ty, &ones, &g, weight)?;
         Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost })

@@ -12,7 +12,7 @@ use super::{Failure, REFUSED, USAGE, print, words};
 use crate::allocation::{AllocationError, TensorCosts, costs, knapsack};
 use crate::calibration::{fingerprint, windows};
 use crate::gguf::GgmlType;
-use crate::plan::{Budget, Input, Options, Plan};
+use crate::plan::{Budget, Input, Options, Plan, Rounding};
 
 /// Windows of the second moments, and of the backward pass.
 const WINDOWS: usize = 64;
@@ -34,6 +34,7 @@ struct Kept {
     version: String,
     fingerprint: String,
     text: String,
+    gptq: bool,
     candidates: Vec<(String, Vec<String>)>,
     costs: Vec<TensorCosts>,
 }
@@ -47,7 +48,7 @@ fn candidates(plan: &Plan, input: &Input, options: &Options) -> Vec<(String, Vec
             || options.tensor_types.iter().any(|rule| rule.matches(name))
     };
     let wanted = |t: &&crate::plan::PlannedTensor| {
-        !given(&t.name) && t.ty.is_quantized() && t.ty != input.source.tensors()[t.source].stored && t.dims.len() == 2
+        !given(&t.name) && t.ty.is_quantized() && t.ty != input.source.tensors()[t.source].stored && t.dims.len() >= 2
     };
     let types = |row: u64| -> Vec<GgmlType> {
         let all = match (options.types.is_empty(), row.is_multiple_of(256)) {
@@ -84,7 +85,7 @@ pub fn apply(
         (Budget::Like(_), Some(mix)) => mix.layout.file_size,
         (Budget::Like(_), None) => plan.layout.file_size,
     };
-    let costs = predicted(args, options, input, plan, state)?;
+    let Predicted { costs, unit } = predicted(args, options, input, plan, state)?;
     let options_of = |c: &TensorCosts| -> Vec<knapsack::Candidate> {
         c.choices.iter().map(|c| knapsack::Candidate { bytes: c.bytes, cost: c.cost }).collect()
     };
@@ -109,10 +110,17 @@ pub fn apply(
         .filter_map(|(c, &p)| Some((c.name.clone(), GgmlType::from_name(&c.choices[p].ty)?)))
         .collect();
     if !args.quiet {
-        explain(&costs, &tensors, (target, rest), plan, &types);
+        explain((&costs, unit), &tensors, (target, rest), plan, &types);
     }
     plan.retype(&types).map_err(|e| Failure::new(REFUSED, e))?;
     Ok(())
+}
+
+/// What types cost.
+struct Predicted {
+    costs: Vec<TensorCosts>,
+    /// What it is measured in.
+    unit: &'static str,
 }
 
 /// The costs, from the state folder if they are there.
@@ -122,7 +130,7 @@ fn predicted(
     input: &Input,
     plan: &Plan,
     state: &Path,
-) -> Result<Vec<TensorCosts>, Failure> {
+) -> Result<Predicted, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
     let recipe = &options.recipe;
     let length = recipe.ctx.unwrap_or(512) as usize;
@@ -139,11 +147,14 @@ fn predicted(
     let prepared = Prepared::new((path, input), &request)?;
     let (model, all) = (&prepared.model, &prepared.tokens);
     let tokens = &all[..all.len().min(WINDOWS * length)];
+    let backward = if costs::has_backward(model) { BACKWARD.min(tokens.len() / length) } else { 0 };
+    let unit = if backward > 0 { "predicted KLD" } else { "sum of relative errors" };
     let candidates = candidates(plan, input, options);
     let mut kept = Kept {
         version: env!("CARGO_PKG_VERSION").into(),
         fingerprint: fingerprint::fingerprint(model.source()),
         text: windows::digest(tokens),
+        gptq: options.rounding == Rounding::Gptq,
         candidates: candidates
             .iter()
             .map(|(n, t)| (n.clone(), t.iter().map(|t| t.name().to_string()).collect()))
@@ -153,19 +164,20 @@ fn predicted(
     let file = state.join("allocation.json");
     let found: Option<Kept> = std::fs::read(&file).ok().and_then(|b| serde_json::from_slice(&b).ok());
     if let Some(found) = found
-        && (&found.version, &found.fingerprint, &found.text, &found.candidates)
-            == (&kept.version, &kept.fingerprint, &kept.text, &kept.candidates)
+        && (&found.version, &found.fingerprint, &found.text, found.gptq, &found.candidates)
+            == (&kept.version, &kept.fingerprint, &kept.text, kept.gptq, &kept.candidates)
     {
-        return Ok(found.costs);
+        return Ok(Predicted { costs: found.costs, unit });
     }
     if !args.quiet {
         print::stderr(&format!(
             "allocation: predicting costs from {} tokens, {} of them backward",
             tokens.len(),
-            BACKWARD.min(tokens.len() / length) * length
+            backward * length
         ));
     }
-    let job = costs::Job { model, tokens, length, batch: BATCH, backward: BACKWARD, candidates, state };
+    let job =
+        costs::Job { model, tokens, length, batch: BATCH, backward: BACKWARD, candidates, gptq: kept.gptq, state };
     let mut steps: Option<Steps> = None;
     let pool = pool(args.threads())?;
     let quiet = args.quiet;
@@ -182,12 +194,12 @@ fn predicted(
     }
     let text = serde_json::to_vec(&kept).expect("plain data");
     std::fs::write(&file, text).map_err(|e| Failure::new(super::RESOURCE, format!("{}: {e}", file.display())))?;
-    Ok(kept.costs)
+    Ok(Predicted { costs: kept.costs, unit })
 }
 
 /// The frontier, and what moved against the mix.
 fn explain(
-    costs: &[TensorCosts],
+    (costs, unit): (&[TensorCosts], &str),
     tensors: &[Vec<knapsack::Candidate>],
     (target, rest): (u64, u64),
     mix: &Plan,
@@ -203,7 +215,7 @@ fn explain(
             c.choices.iter().find(|o| o.ty == ty.name()).map(|o| o.cost)
         })
         .sum();
-    let mut rows = vec![["size", "bits per weight", "predicted KLD of nearest rounding"].map(String::from).to_vec()];
+    let mut rows = vec![["size", "bits per weight", unit].map(String::from).to_vec()];
     for part in FRONTIER {
         let cap = ((target as f64 * part) as u64).saturating_sub(rest);
         if let Some(p) = knapsack::solve(tensors, cap) {
@@ -215,7 +227,7 @@ fn explain(
     }
     print::stderr(print::table(&rows, &[true, true, false]).trim_end());
     print::stderr(&format!(
-        "the mix of {}: {}, predicted {of_mix:.5}",
+        "the mix of {}: {}, {of_mix:.5}",
         mix.type_name,
         crate::plan::memory::human(mix.layout.file_size)
     ));

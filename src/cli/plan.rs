@@ -108,8 +108,9 @@ fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &s
     match model.map_err(|e| e.to_string()).and_then(|m| encoder.map(|()| m).map_err(|e| e.to_string())) {
         Ok(false) => return Ok(()),
         Ok(true) if sized => {
-            let why = "types of a mixture cannot be allocated yet: it has no backward pass; take a type without a size";
-            return Err(Failure::new(REFUSED, why));
+            r.tune = None;
+            r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
+            input.warnings.push("a mixture of experts: types by relative errors, nothing is tuned".into());
         }
         Err(why) if sized => return Err(Failure::new(REFUSED, format!("{why}: types cannot be allocated"))),
         Ok(true) => {

@@ -25,9 +25,12 @@ const BATCH: usize = 16;
 /// Windows of the backward pass that weighs the errors of the embedding.
 const BACKWARD: usize = 32;
 
-/// Whether the embedding is rounded so coarsely that it pays to know what its errors do.
+/// Whether the embedding is rounded so coarsely that it pays to know what its errors do; where it is the head as well, that is
+/// sooner.
 fn coarse_embedding(plan: &Plan) -> bool {
-    plan.tensors.iter().any(|t| t.name == "token_embd.weight" && (t.bytes as f64) < 0.75 * t.elements() as f64)
+    let tied = plan.tensors.iter().all(|t| t.name != "output.weight");
+    let most = if tied { 1.0 } else { 0.75 };
+    plan.tensors.iter().any(|t| t.name == "token_embd.weight" && (t.bytes as f64) < most * t.elements() as f64)
 }
 
 /// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.

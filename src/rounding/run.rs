@@ -143,6 +143,20 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     Ok(work.reports)
 }
 
+/// The norm of errors in rows of the embedding: E\[g gᵀ\] of the gradients there. Where the embedding is the head as well, the
+/// mean over its rows of what they cost on both sides: the second moment of the head's input comes in as often as the gradients
+/// at the logits have it.
+pub(crate) fn embedding_factor(model: &Model<'_>, f: &backward::Fisher) -> Result<Factor, RoundingError> {
+    let head = model.head_name();
+    let mut second = f.embedding.clone();
+    if head == "token_embd.weight" {
+        let weight: f64 = f.of(head).unwrap_or_default().iter().sum();
+        second.iter_mut().zip(&f.head_input).for_each(|(s, h)| *s += weight * h);
+    }
+    // few tokens for many columns, and gradients of a sampled label: damp well
+    Factor::new(&second, 1, model.spec.embed, 10.0 * DAMPING)
+}
+
 pub(super) struct Work<'a> {
     pub job: &'a Job<'a>,
     pub runner: Runner<'a>,
@@ -193,7 +207,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// The Hessian of a row of the embedding: E[g gᵀ] of the gradients there, from the model's own predictions.
+    /// The Hessian of a row of the embedding, from the model's own predictions.
     fn embedding_factor(&self) -> Result<Factor, RoundingError> {
         let (job, n) = (self.job, self.job.model.spec.embed);
         if job.backward == 0 {
@@ -205,8 +219,7 @@ impl Work<'_> {
         let windows = backward::Windows { length: job.length, batch: job.batch.min(8), first: 1 };
         let labels = backward::Labels::Sampled(1);
         let f = backward::fisher_of(job.model, text, windows, labels, Some(job.state), &mut |_| {})?;
-        // few tokens for many columns, and gradients of a sampled label: damp well
-        Factor::new(&f.embedding, 1, n, 10.0 * DAMPING)
+        embedding_factor(job.model, &f)
     }
 
     /// One layer: `from` is the stream before it, `to` the one behind it; no `from`: `to` is both.

@@ -11,6 +11,7 @@ use crate::forward::gemm::product_back;
 use crate::forward::run::Head;
 use crate::forward::sample::{draw, uniform};
 use crate::forward::{Activations, ForwardError, Model, kernels};
+use crate::linalg;
 
 /// What the head's rows may take as f32, twice.
 const BYTES: u64 = 256 << 20;
@@ -46,6 +47,8 @@ pub struct HeadBack<'a> {
     rows: Vec<f32>,
     /// Sums of squares of the gradients at its outputs.
     pub squares: Vec<f64>,
+    /// Σ x xᵀ of its input, packed.
+    pub second: Vec<f64>,
 }
 
 impl<'a> HeadBack<'a> {
@@ -62,6 +65,7 @@ impl<'a> HeadBack<'a> {
             most: (bytes / (model.spec.embed as u64 * 4)).clamp(1, model.vocab as u64) as usize,
             rows: Vec::new(),
             squares: vec![0.0; model.vocab],
+            second: vec![0.0; model.spec.embed * (model.spec.embed + 1) / 2],
         })
     }
 
@@ -80,6 +84,8 @@ impl<'a> HeadBack<'a> {
             normed.clear();
             normed.extend_from_slice(x);
             self.head.logits(&mut normed, &mut logits, &mut ())?;
+            let embed = self.model.spec.embed;
+            linalg::syrk_packed(&mut self.second, &normed, normed.len() / embed, embed, linalg::all_threads());
             self.loss_back(&mut logits, positions, labels);
             add_squares(&mut self.squares, &logits);
             self.product_back(&logits, &mut d_normed)?;

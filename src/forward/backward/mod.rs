@@ -36,6 +36,8 @@ pub struct Fisher {
     /// E\[g gᵀ\] of the rows of `token_embd.weight` (as stored, before any scale of the architecture), `[embed, embed]`, the
     /// lower triangle packed: row `i` has its `i + 1` values at `i (i + 1) / 2`.
     pub embedding: Vec<f64>,
+    /// E\[x xᵀ\] of the head's input, packed likewise.
+    pub head_input: Vec<f64>,
     /// Positions that count: what sums are divided by.
     pub tokens: u64,
 }
@@ -114,9 +116,10 @@ pub fn fisher_of(
     let mut gradient = stream(layers + 1)?;
     let step = batch.max(1) * length;
     let mut back = Back { model, tokens: tokens.len(), step, x: Vec::new(), d: Vec::new() };
-    let mut outputs = Vec::new();
+    let (mut outputs, mut head_input) = (Vec::new(), Vec::new());
     if let Some(last) = streams.pop() {
-        let squares = back.head(&last, &mut gradient, (length, first), labels)?;
+        let (squares, input) = back.head(&last, &mut gradient, (length, first), labels)?;
+        head_input = input;
         outputs.push(vec![(model.head_name().to_string(), squares)]);
     }
     progress(layers + 1);
@@ -133,8 +136,9 @@ pub fn fisher_of(
     let count = tokens.len() / length * (length - first);
     let mut embedding = back.embedding(&gradient)?;
     let mut outputs: Vec<_> = outputs.into_iter().rev().flatten().collect();
-    outputs.iter_mut().flat_map(|(_, v)| v).chain(&mut embedding).for_each(|v| *v /= count as f64);
-    Ok(Fisher { outputs, embedding, tokens: count as u64 })
+    let means = outputs.iter_mut().flat_map(|(_, v)| v).chain(&mut embedding).chain(&mut head_input);
+    means.for_each(|v| *v /= count as f64);
+    Ok(Fisher { outputs, embedding, head_input, tokens: count as u64 })
 }
 
 /// Refuses what cannot be run before anything is read.
@@ -181,14 +185,14 @@ impl Back<'_> {
         (0..tokens).step_by(step).map(move |at| (at, step.min(tokens - at)))
     }
 
-    /// Gradients at the last stream; the sums of squares at the head's outputs.
+    /// Gradients at the last stream; the sums of squares at the head's outputs, and of its input's products.
     fn head(
         &mut self,
         last: &Hidden,
         gradient: &mut Hidden,
         (length, first): (usize, usize),
         labels: Labels<'_>,
-    ) -> Result<Vec<f64>, ForwardError> {
+    ) -> Result<(Vec<f64>, Vec<f64>), ForwardError> {
         let n = self.model.spec.embed;
         let mut head = HeadBack::new(self.model)?;
         let mut d_rows = Vec::new();
@@ -210,7 +214,7 @@ impl Back<'_> {
             self.finite(self.model.spec.layers, at)?;
             gradient.write(at * n, &self.d)?;
         }
-        Ok(head.squares)
+        Ok((head.squares, head.second))
     }
 
     /// Leads `gradient` from the output of layer `l` to its input; the sums of squares at its linears' outputs.
