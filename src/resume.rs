@@ -6,11 +6,39 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use bytemuck::Pod;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 /// No head is longer.
 const HEAD: u64 = 1 << 20;
+
+/// Of a run of gradient descent: what it belongs to, and how far it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Descent<S> {
+    version: String,
+    /// Of everything that the result depends on beside the settings.
+    key: String,
+    settings: S,
+    /// Steps that are done.
+    pub step: usize,
+    /// Divergence on the windows held out: before the first step, and the least so far with its step.
+    pub before: f64,
+    pub best: f64,
+    pub best_step: usize,
+}
+
+impl<S: Clone + PartialEq> Descent<S> {
+    /// No step done yet.
+    pub fn new(key: &str, settings: &S) -> Descent<S> {
+        let (version, key, settings) = (env!("CARGO_PKG_VERSION").into(), key.into(), settings.clone());
+        Descent { version, key, settings, step: 0, before: 0.0, best: f64::INFINITY, best_step: 0 }
+    }
+
+    /// True if `other` is the same run.
+    pub fn is_run_of(&self, other: &Descent<S>) -> bool {
+        (&self.version, &self.key, &self.settings) == (&other.version, &other.key, &other.settings)
+    }
+}
 
 /// Writes `head` and all `values`.
 pub fn save<T: Pod>(path: &Path, head: &impl Serialize, values: Vec<&mut Vec<T>>) -> io::Result<()> {

@@ -169,7 +169,7 @@ fn tune(state: &Path, threads: usize, again: bool, watch: &mut Quiet) -> Result<
     let rounded = rounded(&model, GgmlType::Q4_0);
     let tokens: Vec<u32> = (0..24 * 40u32).map(|i| i.wrapping_mul(2_654_435_761) % 201).collect();
     std::fs::create_dir_all(state).unwrap();
-    let settings = Settings { batch: 4, every: 3, ..Settings::new(24, false) };
+    let settings = Settings { every: 3, ..Settings::new(24, 4, false) };
     let job = Job {
         model: &model,
         tokens: &tokens[..24 * 32],

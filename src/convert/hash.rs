@@ -165,7 +165,7 @@ mod tests {
     fn digests_are_those_of_pieces() {
         let dir = tempfile::tempdir().unwrap();
         let sizes = [2 * PIECE + 12_345, PIECE, 7];
-        let contents = sizes.map(|n| (0..n).map(|i| (i * 2_654_435_761 >> 13) as u8).collect::<Vec<u8>>());
+        let contents = sizes.map(|n| (0..n).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect::<Vec<u8>>());
         let files: Vec<MappedFile> = contents
             .iter()
             .enumerate()

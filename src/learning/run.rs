@@ -9,10 +9,10 @@ use super::LearningError;
 use super::manifold::Rates;
 use super::network::Network;
 use crate::forward::{Activations, Model, Runner, interrupted};
-use crate::resume;
+use crate::resume::{self, Descent};
 use crate::transform::Transforms;
 use crate::tuning::head::{Loss, Target};
-use crate::tuning::run::window;
+use crate::tuning::run::fill;
 use crate::tuning::teacher::Teacher;
 
 /// How to learn.
@@ -62,16 +62,8 @@ pub struct Job<'a> {
 /// What a run says of itself: that of tuning.
 pub use crate::tuning::run::{Done, Watch};
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Kept {
-    version: String,
-    key: String,
-    settings: Settings,
-    step: usize,
-    before: f64,
-    best: f64,
-    best_step: usize,
-}
+/// The head of the state; after it the values of the network, now and best.
+type Kept = Descent<Settings>;
 
 /// Name of the state's file.
 pub const FILE: &str = "learning.state";
@@ -101,9 +93,7 @@ pub fn run(
         }
         Ok(sum / job.held_out.len() as f64)
     };
-    let version = env!("CARGO_PKG_VERSION").into();
-    let (key, settings) = (job.key.clone(), s.clone());
-    let mut kept = Kept { version, key, settings, step: 0, before: 0.0, best: 0.0, best_step: 0 };
+    let mut kept = Kept::new(&job.key, s);
     let mut best: Vec<Vec<f64>> = Vec::new();
     if let Some(found) = load(job, &kept, network, &mut best)? {
         kept = found;
@@ -117,11 +107,7 @@ pub fn run(
     let (mut batch, mut times, mut saved) = (Vec::new(), Vec::new(), Instant::now());
     for step in kept.step + 1..=s.steps {
         interrupted()?;
-        batch.clear();
-        for i in 0..s.batch {
-            let w = window((step - 1) * s.batch + i, windows, s.seed);
-            batch.extend_from_slice(&job.tokens[w * job.length..][..job.length]);
-        }
+        fill(&mut batch, job.tokens, job.length, (step - 1) * s.batch..step * s.batch, s.seed);
         let start = Instant::now();
         let last = teacher.last(&batch)?;
         let target = Target { loss: s.loss, last: &last, tokens: &batch, length: job.length };
@@ -182,7 +168,7 @@ fn load(
 ) -> Result<Option<Kept>, LearningError> {
     let path = job.state.join(FILE);
     *best = copy(network);
-    let own = |f: &Kept| (&f.version, &f.key, &f.settings) == (&kept.version, &kept.key, &kept.settings);
+    let own = |f: &Kept| f.is_run_of(kept);
     let mut all = network.state();
     all.extend(best.iter_mut());
     let found = resume::load(&path, all, own).map_err(|source| LearningError::Io { file: path.clone(), source })?;

@@ -1,6 +1,7 @@
 //! A tuning run: batches in a seeded order, rates that fall linearly, windows that decide which step is kept.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use super::engine::{Engine, Processor};
 use super::student::{Rounded, Student};
 use crate::forward::{Model, interrupted};
 use crate::gguf::GgmlType;
-use crate::resume;
+use crate::resume::{self, Descent};
 use crate::rounding::state;
 
 /// How to tune.
@@ -94,16 +95,7 @@ pub struct Done {
 }
 
 /// The head of `tuning.state`; after it all values of [`Student::state`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Kept {
-    version: String,
-    key: String,
-    settings: Settings,
-    step: usize,
-    before: f64,
-    best: f64,
-    best_step: usize,
-}
+type Kept = Descent<Settings>;
 
 /// Time between two states that are kept, for a run of a command.
 pub const SAVE_EVERY: Duration = Duration::from_secs(60);
@@ -130,15 +122,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
     }
     let student = Student::new(job.model, job.rounded, s.latent, job.again)?;
     let mut engine = engine(job, student)?;
-    let mut kept = Kept {
-        version: env!("CARGO_PKG_VERSION").into(),
-        key: job.key.clone(),
-        settings: s.clone(),
-        step: 0,
-        before: 0.0,
-        best: f64::INFINITY,
-        best_step: 0,
-    };
+    let mut kept = Kept::new(&job.key, s);
     if load(job, &mut kept, engine.pull()?)? {
         engine.push()?;
         watch.resumed(kept.step);
@@ -154,11 +138,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<(Done, Vec<(String, G
     let (mut batch, mut times) = (Vec::new(), Vec::new());
     for step in kept.step + 1..=s.steps {
         interrupted()?;
-        batch.clear();
-        for i in 0..s.batch {
-            let w = window((step - 1) * s.batch + i, windows, s.seed);
-            batch.extend_from_slice(&job.tokens[w * job.length..][..job.length]);
-        }
+        fill(&mut batch, job.tokens, job.length, (step - 1) * s.batch..step * s.batch, s.seed);
         let left = 1.0 - (step - 1) as f32 / s.steps as f32;
         let adam = Adam::new(step, s.rate * left, s.code_rate * left);
         let start = Instant::now();
@@ -206,6 +186,15 @@ fn engine<'a>(job: &Job<'a>, student: Student<'a>) -> Result<Box<dyn Engine<'a> 
     }
 }
 
+/// Makes `batch` the windows of these numbers of an endless run through those of `tokens`.
+pub(crate) fn fill(batch: &mut Vec<u32>, tokens: &[u32], length: usize, numbers: Range<usize>, seed: u64) {
+    batch.clear();
+    for i in numbers {
+        let w = window(i, tokens.len() / length, seed);
+        batch.extend_from_slice(&tokens[w * length..][..length]);
+    }
+}
+
 /// Window number `i` of an endless run through `windows` of them, in a new order each time.
 pub(crate) fn window(i: usize, windows: usize, seed: u64) -> usize {
     let (epoch, at) = ((i / windows) as u64, i % windows);
@@ -238,8 +227,7 @@ fn save(job: &Job<'_>, kept: &Kept, student: &mut Student<'_>) -> Result<(), Tun
 /// Takes up what is there, if it belongs to this run.
 fn load(job: &Job<'_>, kept: &mut Kept, student: &mut Student<'_>) -> Result<bool, TuningError> {
     let path = state_path(job.state);
-    let own =
-        |found: &Kept| (&found.version, &found.key, &found.settings) == (&kept.version, &kept.key, &kept.settings);
+    let own = |found: &Kept| found.is_run_of(kept);
     let found = resume::load(&path, student.state(), own).map_err(|source| TuningError::Io { file: path, source })?;
     let Some(found) = found else { return Ok(false) };
     student.refresh();
