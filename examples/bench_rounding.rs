@@ -260,7 +260,7 @@ fn one_block(tokens: usize, (width, feed_forward): (usize, usize), blocks: usize
         println!("  {name:16} {:8.2} s", took.as_secs_f64());
         *if per_token.contains(&name) { &mut scaled } else { &mut fixed } += took;
     }
-    let stated = run::memory(&model, length, batch, threads);
+    let stated = run::memory(&model, length, batch, threads, false);
     println!(
         "  all              {:8.2} s; product {:.1} GFLOP/s; peak memory {:.0} MiB, {:.0} MiB stated",
         all.as_secs_f64(),

@@ -22,18 +22,20 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::AllocationError;
-use crate::calibration::collector::Collector;
+use crate::calibration::CalibrationError;
+use crate::calibration::collector::{Collector, WeightSpec};
 use crate::calibration::moments::Moments;
-use crate::calibration::run::{Collect, specs};
+use crate::calibration::run::specs;
 use crate::forward::backward::{self, Fisher, Labels, Windows};
 use crate::forward::layer::{FeedForward, Linear};
 use crate::forward::run::Head;
-use crate::forward::{Activations, Hidden, Model, Runner};
+use crate::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner, interrupted};
 use crate::gguf::GgmlType;
 use crate::linalg::{View, ViewMut, times};
+use crate::rounding::Factor;
+use crate::rounding::factor::mean_second;
 use crate::rounding::fit::DAMPING;
-use crate::rounding::run::embedding_factor;
-use crate::rounding::{Factor, RoundingError};
+use crate::rounding::run::{embedding_factor, weighs_embedding};
 
 /// Rows of a task.
 const ROWS: usize = 64;
@@ -93,16 +95,18 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
     let mut streams = [Hidden::scratch(job.state, 0, bytes)?, Hidden::scratch(job.state, 1, bytes)?];
     let mut runner = Runner::new(model, job.length, Activations::F32)?;
     runner.embed(job.tokens, &mut streams[0])?;
-    let table_gain = match fisher {
-        Some(f) => gain(job, &embedding_factor(model, f)?),
+    let tied = model.head_name() == "token_embd.weight";
+    let of_table = match fisher.filter(|_| job.gptq) {
+        Some(f) => embedding_factor(model, f).map_or(1.0, |f| ratio(&f)),
         None => 1.0,
     };
-    let mut costs = vec![embedding(job, table_gain, fisher)?];
+    let table_gain = |ty| if weighs_embedding(ty, tied) { of_table } else { 1.0 };
+    let mut costs = vec![embedding(job, &table_gain, fisher)?];
     for l in 0..layers {
         let mut wanted = specs(model, l, true);
         // second moments of every expert would not fit in memory
         wanted.iter_mut().filter(|w| w.experts.is_some()).for_each(|w| w.second = false);
-        let mut collect = Collect(Collector::new(wanted).map_err(crate::calibration::CalibrationError::from)?);
+        let mut collect = Tails::new(wanted, job.length)?;
         let [a, b] = &mut streams;
         let (from, to) = if l % 2 == 0 { (&*a, b) } else { (&*b, a) };
         runner.layer(l, from, to, job.tokens.len(), job.batch, &mut collect)?;
@@ -112,37 +116,31 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
             linears.extend([gate, up, down]);
         }
         for linear in linears {
-            // an input that is always 0: the tensor keeps the mix's type
-            let factor = collect.0.moments(&linear.name).and_then(|m| m.first()).and_then(|m| factor_of(m).ok());
-            if let Some(f) = factor {
-                add(&mut costs, of_linear(job, linear, &f, gain(job, &f), fisher)?);
+            if let Some(moments) = collect.of(&linear.name) {
+                let gain = gain(job, moments, fisher);
+                add(&mut costs, of_linear(job, linear, moments, &|_| gain, fisher)?);
             }
         }
         if let FeedForward::Experts { .. } = &layer.ffn {
-            costs.extend(of_experts(job, l, &collect.0)?);
+            costs.extend(of_experts(job, l, &collect.collector)?);
         }
         step(backward_steps + l + 1, all);
     }
     drop(runner);
-    let spec = crate::calibration::collector::WeightSpec {
-        name: model.head_name().to_string(),
-        columns: n,
-        experts: None,
-        second: true,
-        same_as: None,
-    };
-    let mut collect = Collect(Collector::new(vec![spec]).map_err(crate::calibration::CalibrationError::from)?);
+    let spec =
+        WeightSpec { name: model.head_name().to_string(), columns: n, experts: None, second: true, same_as: None };
+    let mut collect = Tails::new(vec![spec], job.length)?;
     let head = Head::new(model, Activations::F32, 0)?;
     let mut x = vec![0f32; job.length * n];
     for at in (0..job.tokens.len()).step_by(job.length) {
         streams[layers % 2].read(at * n, &mut x)?;
         head.input(&mut x, &mut collect)?;
     }
-    let moments = collect.0.moments(model.head_name()).and_then(|m| m.first());
-    if let Some(f) = moments.and_then(|m| factor_of(m).ok()) {
+    if let Some(moments) = collect.of(model.head_name()) {
+        let own = gain(job, moments, fisher);
         // a head that is the embedding is rounded as both
-        let gain = if model.head_name() == "token_embd.weight" { table_gain } else { gain(job, &f) };
-        add(&mut costs, of_linear(job, &model.head(Activations::F32)?, &f, gain, fisher)?);
+        let gain = |ty| if tied { table_gain(ty) } else { own };
+        add(&mut costs, of_linear(job, &model.head(Activations::F32)?, moments, &gain, fisher)?);
     }
     step(all, all);
     costs.retain(|c| !c.choices.is_empty());
@@ -226,28 +224,68 @@ fn error(
     Ok(tasks?.iter().sum())
 }
 
-fn factor_of(m: &Moments) -> Result<Factor, RoundingError> {
-    Factor::new(m.second().unwrap_or_default(), m.count(), m.columns(), DAMPING)
+/// Collects inputs of linears without the first token of every window, whose activations are like no others: as the rounding does.
+/// Experts get all of their tokens.
+struct Tails {
+    collector: Collector,
+    /// Tokens of a window.
+    length: usize,
 }
 
-/// What GPTQ leaves of the errors of nearest rounding.
-fn gain(job: &Job<'_>, f: &Factor) -> f64 {
-    if !job.gptq {
+impl Tails {
+    fn new(wanted: Vec<WeightSpec>, length: usize) -> Result<Tails, AllocationError> {
+        Ok(Tails { collector: Collector::new(wanted).map_err(CalibrationError::from)?, length })
+    }
+
+    /// Of a weight that is no stack.
+    fn of(&self, name: &str) -> Option<&Moments> {
+        self.collector.moments(name).and_then(|m| m.first()).filter(|m| m.count() > 0)
+    }
+}
+
+impl Observer for Tails {
+    fn input(&mut self, names: &[&str], expert: Option<(usize, usize)>, x: &[f32]) -> Result<(), ForwardError> {
+        // parts of one fused weight have one name
+        for (_, name) in names.iter().enumerate().filter(|(i, name)| !names[..*i].contains(name)) {
+            let columns = self.collector.columns(name).unwrap_or(1);
+            let (width, skip) = if expert.is_some() { (x.len().max(1), 0) } else { (self.length * columns, columns) };
+            for window in x.chunks(width) {
+                let rows = &window[skip.min(window.len())..];
+                let added = self.collector.add(name, expert.map(|(e, _)| e), rows, rows.len() / columns);
+                added.map_err(|e| ForwardError::Observer(e.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What GPTQ leaves of the errors of nearest rounding, for a linear whose inputs have these moments.
+fn gain(job: &Job<'_>, m: &Moments, fisher: Option<&Fisher>) -> f64 {
+    if !job.gptq || fisher.is_none() {
         return 1.0;
     }
-    let sum = |values: &mut dyn Iterator<Item = f32>| values.map(f64::from).sum::<f64>();
-    sum(&mut f.costs.iter().copied()) / sum(&mut (0..f.n).map(|i| f.h[i * f.n + i]))
+    let factor = Factor::new(m.second().unwrap_or_default(), m.count(), m.columns(), DAMPING);
+    // where there is no factor, rounding is nearest
+    factor.map_or(1.0, |f| ratio(&f))
+}
+
+/// `Σ_j 1 / U_jj²` by `Σ_j H_jj`.
+fn ratio(f: &Factor) -> f64 {
+    let diagonal = (0..f.n).map(|i| f64::from(f.h[i * f.n + i])).sum::<f64>();
+    f.costs.iter().map(|c| f64::from(*c)).sum::<f64>() / diagonal
 }
 
 fn of_linear(
     job: &Job<'_>,
     l: &Linear,
-    f: &Factor,
-    gain: f64,
+    m: &Moments,
+    gain: &dyn Fn(GgmlType) -> f64,
     fisher: Option<&Fisher>,
 ) -> Result<TensorCosts, AllocationError> {
     let (n, name) = (l.inputs, &l.name);
-    let h = Second::Full(&f.h);
+    let h: Vec<f32> = mean_second(m).unwrap_or_default().iter().map(|v| *v as f32).collect();
+    let importance: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
+    let h = Second::Full(&h);
     let squares = fisher.and_then(|f| f.of(name)).unwrap_or_default();
     // parts of a fused weight: the mean over all of its outputs
     let mean = squares.iter().sum::<f64>() / squares.len().max(1) as f64;
@@ -255,10 +293,10 @@ fn of_linear(
     let relative = if fisher.is_none() { 1.0 / h.energy(&l.weight, n).max(f64::MIN_POSITIVE) } else { 0.0 };
     let weight = |o: usize| match fisher {
         None => relative,
-        Some(_) => 0.5 * gain * if whole { squares[o] } else { mean },
+        Some(_) => 0.5 * if whole { squares[o] } else { mean },
     };
     let choices = types(job, name).iter().map(|&ty| {
-        let cost = error(name, (&l.weight, n), ty, &f.importance, &h, weight)?;
+        let cost = gain(ty) * error(name, (&l.weight, n), ty, &importance, &h, weight)?;
         Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost })
     });
     Ok(TensorCosts { name: name.clone(), choices: choices.collect::<Result<_, AllocationError>>()? })
@@ -269,6 +307,7 @@ fn of_experts(job: &Job<'_>, l: usize, collected: &Collector) -> Result<Vec<Tens
     // by part: the energy of the output, and the error of each type
     let mut sums: [(String, f64, Vec<f64>); 3] = Default::default();
     for e in 0..job.model.spec.experts {
+        interrupted()?;
         for (linear, (name, energy, errors)) in job.model.expert(l, e, Activations::F32)?.iter().zip(&mut sums) {
             let n = linear.inputs;
             name.clone_from(&linear.name);
@@ -304,7 +343,11 @@ fn bytes(job: &Job<'_>, name: &str, ty: GgmlType) -> u64 {
 }
 
 /// The embedding, each row as often as the text has it.
-fn embedding(job: &Job<'_>, gain: f64, fisher: Option<&Fisher>) -> Result<TensorCosts, AllocationError> {
+fn embedding(
+    job: &Job<'_>,
+    gain: &dyn Fn(GgmlType) -> f64,
+    fisher: Option<&Fisher>,
+) -> Result<TensorCosts, AllocationError> {
     let name = "token_embd.weight";
     let (n, vocab) = (job.model.spec.embed, job.model.vocab);
     let mut counts = vec![0u64; vocab];
@@ -317,7 +360,7 @@ fn embedding(job: &Job<'_>, gain: f64, fisher: Option<&Fisher>) -> Result<Tensor
     let g = g.as_ref().map_or(Second::Diagonal(&ones), |g| Second::Full(g));
     let often = |v: usize| counts[v] as f64 / job.tokens.len() as f64;
     let scale = match fisher {
-        Some(_) => 0.5 * gain,
+        Some(_) => 0.5,
         None => {
             let norms = table.chunks_exact(n).enumerate().map(|(v, row)| often(v) * g.norms(row, n)[0]);
             1.0 / norms.sum::<f64>().max(f64::MIN_POSITIVE)
@@ -325,7 +368,7 @@ fn embedding(job: &Job<'_>, gain: f64, fisher: Option<&Fisher>) -> Result<Tensor
     };
     let weight = |v: usize| scale * often(v);
     let choices = types(job, name).iter().map(|&ty| {
-        let cost = error(name, (&table, n), ty, &ones, &g, weight)?;
+        let cost = gain(ty) * error(name, (&table, n), ty, &ones, &g, weight)?;
         Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost })
     });
     Ok(TensorCosts { name: name.into(), choices: choices.collect::<Result<_, AllocationError>>()? })

@@ -175,6 +175,11 @@ fn predicted(
             tokens.len(),
             backward * length
         ));
+        if backward == 0 {
+            print::stderr(
+                "warning: a mixture of experts has no backward pass: types by relative errors of the outputs",
+            );
+        }
     }
     let job =
         costs::Job { model, tokens, length, batch: BATCH, backward: BACKWARD, candidates, gptq: kept.gptq, state };

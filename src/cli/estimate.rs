@@ -83,11 +83,18 @@ impl Work {
         tokens * 2.0 * (self.layers + self.head + 2.0 * self.attention) / (0.55 * self.rate)
     }
 
-    fn allocation(&self, types: f64) -> f64 {
-        // 64 windows forward, 32 of them back; every type of every tensor is rounded once
-        let tokens = 32_768.0;
-        let flops = tokens * (self.pass() + self.squares) + tokens / 2.0 * (4.0 * self.pass() + 6.0 * self.head);
-        flops / (0.6 * self.rate) + types * (self.layers + 2.0 * self.head) * 90e-9 / self.threads
+    /// Of gradients of 32 windows.
+    fn backward(&self) -> f64 {
+        16_384.0 * (4.0 * self.pass() + 6.0 * self.head) / (0.6 * self.rate)
+    }
+
+    /// `backward`: there is a backward pass.
+    fn allocation(&self, types: f64, backward: bool) -> f64 {
+        // 64 windows forward; every type of every tensor is rounded once
+        let flops = 32_768.0 * (self.pass() + self.squares);
+        flops / (0.6 * self.rate)
+            + if backward { self.backward() } else { 0.0 }
+            + types * (self.weights + 2.0 * self.head) * 90e-9 / self.threads
     }
 
     fn rounding(&self, tokens: f64, paths: f64) -> f64 {
@@ -111,6 +118,7 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     // four bytes a token, roughly
     let bytes: u64 = given.map(|p| std::fs::metadata(p).map_or(170_000, |m| m.len())).sum();
     let missing = (tokens - bytes as f64 / 4.0).max(0.0);
+    let (dense, tied) = (model.spec.experts == 0, model.head_name() == "token_embd.weight");
     let paths = if recipe.one_pass { 1.0 } else { 2.0 };
     // tuning wants more of it
     let more = match recipe.tune.filter(|_| own && recipe.tune_text.is_empty()) {
@@ -119,8 +127,9 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     };
     Ok(Estimate {
         text: if own { work.text(missing) + if more > missing { work.text(more) } else { 0.0 } } else { 0.0 },
-        allocation: if allocates { work.allocation(7.0) } else { 0.0 },
-        rounding: work.rounding(tokens, paths),
+        allocation: if allocates { work.allocation(7.0, dense) } else { 0.0 },
+        // an embedding that is the head as well is weighed by gradients
+        rounding: work.rounding(tokens, paths) + if dense && tied { work.backward() } else { 0.0 },
         tuning: recipe
             .tune
             .map_or(0.0, |steps| work.tuning(f64::from(steps), (super::tune::batch(recipe) * length) as f64)),
@@ -208,6 +217,6 @@ mod tests {
         assert!(slow.rounding(1e5, 2.0) > fast.rounding(1e5, 2.0));
         assert!(slow.rounding(1e5, 2.0) > slow.rounding(1e5, 1.0));
         assert!(slow.tuning(100.0, 4096.0) > slow.tuning(50.0, 4096.0));
-        assert!(slow.text(1e5) > 0.0 && slow.allocation(7.0) > slow.allocation(1.0));
+        assert!(slow.text(1e5) > 0.0 && slow.allocation(7.0, true) > slow.allocation(1.0, true));
     }
 }

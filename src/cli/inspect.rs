@@ -61,8 +61,8 @@ impl Manifest {
 
 /// Reads `path`, a GGUF file, back from the disk.
 pub fn manifest(path: &Path) -> Result<Manifest, Failure> {
-    let (_, rows, sums) = gguf_file(path, true)?;
-    Ok(Manifest { file: path.display().to_string(), sha256: sums.map(|s| s.sha256).unwrap_or_default(), rows })
+    let (file, _, rows) = gguf_rows(path, true)?;
+    Ok(Manifest { file: path.display().to_string(), sha256: hash(&file, 0, file.bytes().len()), rows })
 }
 
 /// Digests of a whole file, in hex.
@@ -99,7 +99,8 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
         let sum = args.sha256.then(|| sums(&file));
         return output(&args, &show(&name, None, &rows, sum.as_ref()), to_json(&name, None, &rows, sum.as_ref()));
     }
-    let (header, rows, sum) = gguf_file(path, args.sha256)?;
+    let (file, header, rows) = gguf_rows(path, args.sha256)?;
+    let sum = args.sha256.then(|| sums(&file));
     let text = show(&name, Some(&header), &rows, sum.as_ref());
     output(&args, &text, to_json(&name, Some(&header), &rows, sum.as_ref()))
 }
@@ -108,7 +109,7 @@ fn output(args: &InspectArgs, text: &str, json: Json) -> Result<(), Failure> {
     if args.json { print::stdout(format!("{json:#}\n").as_bytes()) } else { print::stdout(text.as_bytes()) }
 }
 
-fn gguf_file(path: &Path, sha: bool) -> Result<(gguf::Header, Vec<Row>, Option<Sums>), Failure> {
+fn gguf_rows(path: &Path, sha: bool) -> Result<(MappedFile, gguf::Header, Vec<Row>), Failure> {
     let file = MappedFile::open(path).map_err(|e| CheckpointError::io(path, e))?;
     let header = gguf::read(file.bytes()).map_err(|e| CheckpointError::file(path, e.to_string()))?;
     file.advise_sequential();
@@ -123,8 +124,7 @@ fn gguf_file(path: &Path, sha: bool) -> Result<(gguf::Header, Vec<Row>, Option<S
             sha256: sha.then(|| hash(&file, t.offset as usize, (t.offset + t.bytes) as usize)),
         })
         .collect();
-    let sum = sha.then(|| sums(&file));
-    Ok((header, rows, sum))
+    Ok((file, header, rows))
 }
 
 fn entry(e: &safetensors::Entry, file: &MappedFile, sha: bool) -> Row {

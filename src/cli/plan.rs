@@ -110,7 +110,6 @@ fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &s
         Ok(true) if sized => {
             r.tune = None;
             r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
-            input.warnings.push("a mixture of experts: types by relative errors, nothing is tuned".into());
         }
         Err(why) if sized => return Err(Failure::new(REFUSED, format!("{why}: types cannot be allocated"))),
         Ok(true) => {

@@ -25,12 +25,10 @@ const BATCH: usize = 16;
 /// Windows of the backward pass that weighs the errors of the embedding.
 const BACKWARD: usize = 32;
 
-/// Whether the embedding is rounded so coarsely that it pays to know what its errors do; where it is the head as well, that is
-/// sooner.
-fn coarse_embedding(plan: &Plan) -> bool {
+/// Whether errors of the embedding are weighed by gradients.
+fn weighs_embedding(plan: &Plan) -> bool {
     let tied = plan.tensors.iter().all(|t| t.name != "output.weight");
-    let most = if tied { 1.0 } else { 0.75 };
-    plan.tensors.iter().any(|t| t.name == "token_embd.weight" && (t.bytes as f64) < most * t.elements() as f64)
+    plan.tensors.iter().any(|t| t.name == "token_embd.weight" && run::weighs_embedding(t.ty, tied))
 }
 
 /// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.
@@ -69,11 +67,14 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     let kept = run::kept(model, tokens.len(), recipe.one_pass);
     let room = args.max_memory.unwrap_or_else(|| available_memory() / 2);
     let mut batch = BATCH.min(tokens.len() / length);
-    let keep = run::memory(model, length, batch, threads) + kept <= room;
-    while batch > 1 && args.max_memory.is_some_and(|l| run::memory(model, length, batch, threads) > l) {
+    // a mixture has no backward pass
+    let backward = weighs_embedding(plan) && model.spec.experts == 0;
+    let memory = |batch| run::memory(model, length, batch, threads, backward);
+    let keep = memory(batch) + kept <= room;
+    while batch > 1 && args.max_memory.is_some_and(|l| memory(batch) > l) {
         batch -= 1;
     }
-    let needed = run::memory(model, length, batch, threads) + if keep { kept } else { 0 };
+    let needed = memory(batch) + if keep { kept } else { 0 };
     if let Some(limit) = args.max_memory.filter(|l| needed > *l) {
         let (limit, needed) = (human(limit), human(needed));
         return Err(Failure::new(
@@ -113,8 +114,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         text: digest(tokens),
         one_pass: recipe.one_pass,
         batch,
-        // a mixture has no backward pass
-        backward: (coarse_embedding(plan) && spec.experts == 0) as usize * BACKWARD,
+        backward: backward as usize * BACKWARD,
         keep,
         state: &state,
     };

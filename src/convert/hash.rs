@@ -76,12 +76,13 @@ impl<'scope> Hasher<'scope> {
             lock: Mutex::new(()),
             moved: Condvar::new(),
         });
-        let start = |_| {
-            let shared = shared.clone();
-            scope.spawn(move || shared.work(files))
-        };
-        let threads = (0..threads.clamp(1, THREADS)).map(start).collect();
-        Hasher { shared, threads, counts }
+        // first itself: were a thread refused, it would end those that run
+        let mut hasher = Hasher { shared, threads: Vec::new(), counts };
+        for _ in 0..threads.clamp(1, THREADS) {
+            let shared = hasher.shared.clone();
+            hasher.threads.push(scope.spawn(move || shared.work(files)));
+        }
+        hasher
     }
 
     /// Workers have reached byte `end` of file `index`.
@@ -160,7 +161,7 @@ impl Shared {
 mod tests {
     use super::*;
 
-    /// Several pieces, files that end inside one and on the end of one, an empty file: the textbook's digests for any threads.
+    /// Several pieces, files that end inside one and on the end of one: the textbook's digests for any threads.
     #[test]
     fn digests_are_those_of_pieces() {
         let dir = tempfile::tempdir().unwrap();

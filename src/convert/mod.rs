@@ -95,12 +95,13 @@ pub fn run(mut run: Run) -> Result<Done, ConvertError> {
         Ok::<_, ConvertError>((overflows, hasher.map(hash::Hasher::finish)))
     })?;
     stop_if_interrupted()?;
+    // a file that was cut short cannot be hashed either
+    if let Some(f) = files.iter().find(|f| !f.unchanged()) {
+        return Err(ConvertError::InputChanged(f.path().to_path_buf()));
+    }
     if let Some(hashes) = hashes {
         let hashes = hashes.map_err(|(file, source)| WorkError::Read { file, source })?;
         provenance::fill(&mut run.plan, &hashes);
-    }
-    if let Some(f) = files.iter().find(|f| !f.unchanged()) {
-        return Err(ConvertError::InputChanged(f.path().to_path_buf()));
     }
     out.write_at(&run.plan.layout.header, 0)?;
     out.sync()?;

@@ -157,6 +157,9 @@ impl Options {
             Some("gptq") => Rounding::Gptq,
             Some(other) => return Err(format!("--rounding: `{other}` is not nearest, gptq or auto")),
         };
+        if let Some(batch) = r.tune_batch.filter(|b| !(1..=1024).contains(b)) {
+            return Err(format!("--tune-batch: {batch} is not between 1 and 1024"));
+        }
         let search = !r.exact && r.rounding.as_deref().is_some_and(|w| w.eq_ignore_ascii_case("nearest"));
         if rounding == Rounding::Gptq && !r.prune_layers.is_empty() {
             return Err("--prune-layers leaves another model: write it with --outtype bf16, then round that".into());

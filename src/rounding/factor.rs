@@ -7,6 +7,7 @@
 use rayon::prelude::*;
 
 use super::RoundingError;
+use crate::calibration::moments::Moments;
 use crate::linalg::{self, packed_at};
 
 /// A damped Hessian and its factor.
@@ -23,6 +24,14 @@ pub struct Factor {
     pub importance: Vec<f32>,
     /// Damping that was needed, as a part of the mean of the diagonal.
     pub damping: f64,
+}
+
+/// `E[x xᵀ]` in full, `[n, n]`.
+pub fn mean_second(m: &Moments) -> Option<Vec<f64>> {
+    let count = (m.count() > 0).then_some(m.count() as f64)?;
+    let mut h = linalg::unpack(m.second()?, m.columns());
+    h.iter_mut().for_each(|v| *v /= count);
+    Some(h)
 }
 
 /// Mean of the diagonal of a packed lower triangle.

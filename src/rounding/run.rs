@@ -53,6 +53,9 @@ fn widest(model: &Model<'_>) -> usize {
     model.feed_forward().max(model.spec.heads * model.spec.head_dim)
 }
 
+/// Windows that go backward together.
+const BACKWARD_BATCH: usize = 8;
+
 /// Bytes of the streams, and of the inputs that a step leaves to the next, of `tokens` tokens.
 pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
     let s = &model.spec;
@@ -62,8 +65,17 @@ pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
 }
 
 /// Bytes of memory that a run needs, with `batch` windows of `length` tokens.
-pub fn memory(model: &Model<'_>, length: usize, batch: usize, threads: usize) -> u64 {
+/// `backward`: errors of the embedding are weighed.
+pub fn memory(model: &Model<'_>, length: usize, batch: usize, threads: usize, backward: bool) -> u64 {
     let s = &model.spec;
+    // the table, before and after, both sides of the head, logits, a layer and what it leaves to its backward pass
+    let table = 4 * (model.vocab * s.embed) as u64;
+    let logits = 4 * 2 * 512 * model.vocab as u64;
+    let tokens = batch.min(BACKWARD_BATCH) * length;
+    let gradients = crate::tuning::student::kept(model, tokens) / s.layers.max(1) as u64;
+    let wide = 4 * tokens as u64 * (6 * s.embed + 4 * s.heads * s.head_dim + 3 * model.feed_forward()) as u64;
+    let head = 2 * table.min(256 << 20) + logits;
+    let first = if backward { head + model.layer_bytes() + gradients + wide } else { 0 } + 2 * table;
     let inputs = s.embed.max(widest(model)) as u64;
     let tiles = threads as u64 * (64 * inputs * 4 * 6 + (4 << 20));
     let batch = 2 * Runner::batch_bytes(model, batch * length);
@@ -71,7 +83,7 @@ pub fn memory(model: &Model<'_>, length: usize, batch: usize, threads: usize) ->
     let experts = 6 * s.experts as u64 * (s.embed * model.feed_forward()) as u64;
     // targets, values and blocks of the weights of one site
     let weights = model.layer_bytes() + experts;
-    (96 << 20) + 2 * model.layer_bytes() + weights + site::memory(inputs, true) + tiles + batch
+    (96 << 20) + first.max(2 * model.layer_bytes() + weights + site::memory(inputs, true) + tiles + batch)
 }
 
 /// Rounds what is not rounded yet; a report of each tensor.
@@ -141,6 +153,13 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
     // what comes behind, tuning, may be cut short
     State { key, layers: all + 1, streams: Default::default(), reports: work.reports.clone() }.save(job.state)?;
     Ok(work.reports)
+}
+
+/// Whether an embedding of type `ty` is rounded so coarsely that it pays to know what its errors do; where it is the head as well
+/// (`tied`), that is sooner.
+pub fn weighs_embedding(ty: GgmlType, tied: bool) -> bool {
+    let bits = 8.0 * ty.block_bytes() as f64 / ty.block_len() as f64;
+    bits < if tied { 8.0 } else { 6.0 }
 }
 
 /// The norm of errors in rows of the embedding: E\[g gᵀ\] of the gradients there. Where the embedding is the head as well, the
@@ -216,7 +235,7 @@ impl Work<'_> {
             return Factor::new(&identity, 1, n, 0.0);
         }
         let text = &job.tokens[..job.tokens.len().min(job.backward * job.length)];
-        let windows = backward::Windows { length: job.length, batch: job.batch.min(8), first: 1 };
+        let windows = backward::Windows { length: job.length, batch: job.batch.min(BACKWARD_BATCH), first: 1 };
         let labels = backward::Labels::Sampled(1);
         let f = backward::fisher_of(job.model, text, windows, labels, Some(job.state), &mut |_| {})?;
         embedding_factor(job.model, &f)
