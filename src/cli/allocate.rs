@@ -213,9 +213,10 @@ fn explain(
     let sum = |picks: &[usize]| -> (u64, f64) {
         tensors.iter().zip(picks).fold((rest, 0.0), |s, (t, &p)| (s.0 + t[p].bytes, s.1 + t[p].cost))
     };
-    let of_mix: f64 = costs
+    // unless the mix has types that are not to choose from
+    let of_mix: Option<f64> = costs
         .iter()
-        .filter_map(|c| {
+        .map(|c| {
             let ty = mix.tensors.iter().find(|t| t.name == c.name)?.ty;
             c.choices.iter().find(|o| o.ty == ty.name()).map(|o| o.cost)
         })
@@ -231,11 +232,9 @@ fn explain(
         }
     }
     print::stderr(print::table(&rows, &[true, true, false]).trim_end());
-    print::stderr(&format!(
-        "the mix of {}: {}, {of_mix:.5}",
-        mix.type_name,
-        crate::plan::memory::human(mix.layout.file_size)
-    ));
+    let of_mix = of_mix.map_or_else(String::new, |sum| format!(", {sum:.5}"));
+    let size = crate::plan::memory::human(mix.layout.file_size);
+    print::stderr(&format!("the mix of {}: {size}{of_mix}", mix.type_name));
     let mut moves: BTreeMap<(String, String, String), usize> = BTreeMap::new();
     for t in &mix.tensors {
         if let Some(ty) = types.get(&t.name).filter(|ty| **ty != t.ty) {

@@ -52,12 +52,12 @@ struct Work {
     squares: f64,
     /// Multiplications of attention for one token of a window.
     attention: f64,
+    /// Of products. Searches of scales take the time of so many of its operations: they vary with the processor as products do.
     rate: f64,
-    threads: f64,
 }
 
 impl Work {
-    fn new(model: &Model<'_>, length: usize, rate: f64, threads: usize) -> Work {
+    fn new(model: &Model<'_>, length: usize, rate: f64) -> Work {
         let s: &Spec = &model.spec;
         let square = |n: usize| (n * n) as f64;
         let all = model.source().tensors().iter();
@@ -70,7 +70,6 @@ impl Work {
             squares: squares * s.layers as f64,
             attention: (s.layers * s.heads * s.head_dim * length) as f64,
             rate,
-            threads: threads as f64,
         }
     }
 
@@ -94,12 +93,12 @@ impl Work {
         let flops = 32_768.0 * (self.pass() + self.squares);
         flops / (0.6 * self.rate)
             + if backward { self.backward() } else { 0.0 }
-            + types * (self.weights + 2.0 * self.head) * 90e-9 / self.threads
+            + types * (self.weights + 2.0 * self.head) * 9e3 / self.rate
     }
 
     fn rounding(&self, tokens: f64, paths: f64) -> f64 {
         let flops = tokens * (paths * self.pass() + (2.0 * paths - 1.0) * self.squares);
-        flops / (0.75 * self.rate) + (self.weights + self.head) * 2.5e-6 / self.threads
+        flops / (0.75 * self.rate) + (self.weights + self.head) * 2.5e5 / self.rate
     }
 
     fn tuning(&self, steps: f64, tokens: f64) -> f64 {
@@ -111,7 +110,7 @@ impl Work {
 pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocates: bool) -> Result<Estimate, Failure> {
     let pool = pool(args.threads())?;
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let work = Work::new(model, length, rate(&pool), pool.current_num_threads());
+    let work = Work::new(model, length, rate(&pool));
     let tokens = (windows(recipe) * length) as f64;
     let own = super::tune::own(&recipe.calibrate);
     let given = recipe.calibrate.iter().filter(|w| w.as_os_str() != OWN);
@@ -211,8 +210,7 @@ mod tests {
 
     #[test]
     fn more_work_takes_longer() {
-        let work =
-            |rate: f64| Work { layers: 1e8, weights: 1e8, head: 3e7, squares: 1e8, attention: 1e7, rate, threads: 2.0 };
+        let work = |rate: f64| Work { layers: 1e8, weights: 1e8, head: 3e7, squares: 1e8, attention: 1e7, rate };
         let (slow, fast) = (work(1e11), work(2e11));
         assert!(slow.rounding(1e5, 2.0) > fast.rounding(1e5, 2.0));
         assert!(slow.rounding(1e5, 2.0) > slow.rounding(1e5, 1.0));
