@@ -28,6 +28,14 @@ fn convert(input: &Path, out: &Path, args: &[&str], isa: Option<Isa>) -> Vec<u8>
     std::fs::read(out).unwrap()
 }
 
+/// The mean divergence of `out` from `model` on a text, as `check` finds it.
+fn divergence(model: &Path, out: &Path, text: &Path, args: &[&str]) -> f64 {
+    let mut c = command([Path::new("check"), model, out]);
+    c.arg("--text").arg(text).args(args).args(["--json", "-q"]);
+    let json: serde_json::Value = serde_json::from_slice(&c.output().unwrap().stdout).unwrap();
+    json["models"][0]["summary"]["kld"]["value"].as_f64().unwrap()
+}
+
 #[test]
 fn threads_memory_and_instruction_sets_change_no_byte() {
     let dir = tempfile::tempdir().unwrap();
@@ -124,10 +132,7 @@ fn a_tied_embedding_is_rounded_as_the_head() {
             "-t q4_0 --tensor-type blk.*=f32 --token-embedding-type q4_0 --calibrate builtin --calibrate-tokens 16384";
         let args: Vec<&str> = args.split(' ').chain(["--rounding", how]).collect();
         convert(&model, &out, &args, None);
-        let mut c = command([Path::new("check"), &model, &out]);
-        c.arg("--text").arg(&text).args(["--ctx", "128", "--json", "-q"]);
-        let json: serde_json::Value = serde_json::from_slice(&c.output().unwrap().stdout).unwrap();
-        json["models"][0]["summary"]["kld"]["value"].as_f64().unwrap()
+        divergence(&model, &out, &text, &["--ctx", "128"])
     };
     let (gptq, nearest) = (kld("gptq"), kld("nearest"));
     assert!(gptq < 0.7 * nearest, "{gptq} of {nearest}");
@@ -145,10 +150,7 @@ fn a_trained_model_comes_out_nearer() {
         let out = dir.path().join(format!("{how}.gguf"));
         let args = ["-t", "q2_k", "--calibrate-tokens", "16384", "--rounding", how, "--calibrate"];
         convert(&model, &out, &[&args[..], &[calibration.to_str().unwrap()]].concat(), None);
-        let mut c = command([Path::new("check"), &model, &out]);
-        c.arg("--text").arg(&evaluation).args(["--chunks", "5", "--json", "-q"]);
-        let json: serde_json::Value = serde_json::from_slice(&c.output().unwrap().stdout).unwrap();
-        json["models"][0]["summary"]["kld"]["value"].as_f64().unwrap()
+        divergence(&model, &out, &evaluation, &["--chunks", "5"])
     };
     let (gptq, nearest) = (kld("gptq"), kld("nearest"));
     assert!(gptq < 0.8 * nearest, "{gptq} of {nearest}");

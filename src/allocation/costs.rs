@@ -25,11 +25,11 @@ use super::AllocationError;
 use crate::calibration::CalibrationError;
 use crate::calibration::collector::{Collector, WeightSpec};
 use crate::calibration::moments::Moments;
-use crate::calibration::run::specs;
-use crate::forward::backward::{self, Fisher, Labels, Windows};
+use crate::calibration::run::{Collect, specs};
+use crate::forward::backward::{self, Fisher};
 use crate::forward::layer::{FeedForward, Linear};
 use crate::forward::run::Head;
-use crate::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner, interrupted};
+use crate::forward::{Activations, Hidden, Model, Runner, interrupted};
 use crate::gguf::GgmlType;
 use crate::linalg::{View, ViewMut, times};
 use crate::rounding::Factor;
@@ -39,8 +39,6 @@ use crate::rounding::run::{embedding_factor, weighs_embedding};
 
 /// Rows of a task.
 const ROWS: usize = 64;
-/// Seed of the labels that the backward pass draws.
-const SEED: u64 = 1;
 
 /// A type for a tensor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -78,35 +76,29 @@ pub struct Job<'a> {
 pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<TensorCosts>, AllocationError> {
     let model = job.model;
     let (n, layers) = (model.spec.embed, model.spec.layers);
-    let backward_steps = if has_backward(model) { backward::steps(model) } else { 0 };
+    let backward_steps = if model.spec.has_backward() { backward::steps(model) } else { 0 };
     let all = backward_steps + layers + 1;
     std::fs::create_dir_all(job.state).map_err(|source| AllocationError::Io { file: job.state.into(), source })?;
-    let text = &job.tokens[..job.tokens.len().min(job.backward * job.length)];
-    let windows = Windows { length: job.length, batch: job.batch.min(8), first: 1 };
-    let fisher = match has_backward(model) {
-        true => {
-            let watch = &mut |i| step(i, all);
-            Some(backward::fisher_of(model, text, windows, Labels::Sampled(SEED), Some(job.state), watch)?)
-        }
-        false => None,
-    };
+    let mut sample =
+        || backward::sample(model, job.tokens, job.length, (job.backward, job.batch), job.state, &mut |i| step(i, all));
+    let fisher = model.spec.has_backward().then(&mut sample).transpose()?;
     let fisher = fisher.as_ref();
     let bytes = (job.tokens.len() * n * 4) as u64;
     let mut streams = [Hidden::scratch(job.state, 0, bytes)?, Hidden::scratch(job.state, 1, bytes)?];
     let mut runner = Runner::new(model, job.length, Activations::F32)?;
     runner.embed(job.tokens, &mut streams[0])?;
-    let tied = model.head_name() == "token_embd.weight";
     let of_table = match fisher.filter(|_| job.gptq) {
         Some(f) => embedding_factor(model, f).map_or(1.0, |f| ratio(&f)),
         None => 1.0,
     };
-    let table_gain = |ty| if weighs_embedding(ty, tied) { of_table } else { 1.0 };
+    let table_gain = |ty| if weighs_embedding(ty, model.tied()) { of_table } else { 1.0 };
     let mut costs = vec![embedding(job, &table_gain, fisher)?];
     for l in 0..layers {
         let mut wanted = specs(model, l, true);
         // second moments of every expert would not fit in memory
         wanted.iter_mut().filter(|w| w.experts.is_some()).for_each(|w| w.second = false);
-        let mut collect = Tails::new(wanted, job.length)?;
+        // without first tokens, as the rounding
+        let mut collect = Collect::tails(wanted, job.length).map_err(CalibrationError::from)?;
         let [a, b] = &mut streams;
         let (from, to) = if l % 2 == 0 { (&*a, b) } else { (&*b, a) };
         runner.layer(l, from, to, job.tokens.len(), job.batch, &mut collect)?;
@@ -116,7 +108,7 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
             linears.extend([gate, up, down]);
         }
         for linear in linears {
-            if let Some(moments) = collect.of(&linear.name) {
+            if let Some(moments) = moments(&collect, &linear.name) {
                 let gain = gain(job, moments, fisher);
                 add(&mut costs, of_linear(job, linear, moments, &|_| gain, fisher)?);
             }
@@ -129,17 +121,17 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
     drop(runner);
     let spec =
         WeightSpec { name: model.head_name().to_string(), columns: n, experts: None, second: true, same_as: None };
-    let mut collect = Tails::new(vec![spec], job.length)?;
+    let mut collect = Collect::tails(vec![spec], job.length).map_err(CalibrationError::from)?;
     let head = Head::new(model, Activations::F32, 0)?;
     let mut x = vec![0f32; job.length * n];
     for at in (0..job.tokens.len()).step_by(job.length) {
         streams[layers % 2].read(at * n, &mut x)?;
         head.input(&mut x, &mut collect)?;
     }
-    if let Some(moments) = collect.of(model.head_name()) {
+    if let Some(moments) = moments(&collect, model.head_name()) {
         let own = gain(job, moments, fisher);
         // a head that is the embedding is rounded as both
-        let gain = |ty| if tied { table_gain(ty) } else { own };
+        let gain = |ty| if model.tied() { table_gain(ty) } else { own };
         add(&mut costs, of_linear(job, &model.head(Activations::F32)?, moments, &gain, fisher)?);
     }
     step(all, all);
@@ -157,11 +149,6 @@ fn add(all: &mut Vec<TensorCosts>, new: TensorCosts) {
 
 fn types<'a>(job: &'a Job<'_>, name: &str) -> &'a [GgmlType] {
     job.candidates.iter().find(|(n, _)| n == name).map_or(&[], |(_, t)| t)
-}
-
-/// True if gradients of the model's loss can be had.
-pub fn has_backward(model: &Model<'_>) -> bool {
-    model.spec.experts == 0
 }
 
 /// Second moments of a linear's input: `[n, n]`, or their diagonal alone.
@@ -224,39 +211,9 @@ fn error(
     Ok(tasks?.iter().sum())
 }
 
-/// Collects inputs of linears without the first token of every window, whose activations are like no others: as the rounding does.
-/// Experts get all of their tokens.
-struct Tails {
-    collector: Collector,
-    /// Tokens of a window.
-    length: usize,
-}
-
-impl Tails {
-    fn new(wanted: Vec<WeightSpec>, length: usize) -> Result<Tails, AllocationError> {
-        Ok(Tails { collector: Collector::new(wanted).map_err(CalibrationError::from)?, length })
-    }
-
-    /// Of a weight that is no stack.
-    fn of(&self, name: &str) -> Option<&Moments> {
-        self.collector.moments(name).and_then(|m| m.first()).filter(|m| m.count() > 0)
-    }
-}
-
-impl Observer for Tails {
-    fn input(&mut self, names: &[&str], expert: Option<(usize, usize)>, x: &[f32]) -> Result<(), ForwardError> {
-        // parts of one fused weight have one name
-        for (_, name) in names.iter().enumerate().filter(|(i, name)| !names[..*i].contains(name)) {
-            let columns = self.collector.columns(name).unwrap_or(1);
-            let (width, skip) = if expert.is_some() { (x.len().max(1), 0) } else { (self.length * columns, columns) };
-            for window in x.chunks(width) {
-                let rows = &window[skip.min(window.len())..];
-                let added = self.collector.add(name, expert.map(|(e, _)| e), rows, rows.len() / columns);
-                added.map_err(|e| ForwardError::Observer(e.to_string()))?;
-            }
-        }
-        Ok(())
-    }
+/// Moments of a weight that is no stack.
+fn moments<'a>(collect: &'a Collect, name: &str) -> Option<&'a Moments> {
+    collect.collector.moments(name).and_then(|m| m.first()).filter(|m| m.count() > 0)
 }
 
 /// What GPTQ leaves of the errors of nearest rounding, for a linear whose inputs have these moments.

@@ -21,8 +21,6 @@ pub enum AllocationError {
     Forward(#[from] ForwardError),
     #[error(transparent)]
     Calibration(#[from] CalibrationError),
-    #[error(transparent)]
-    Rounding(#[from] crate::rounding::RoundingError),
     #[error("tensor `{tensor}`: {source}")]
     Format { tensor: String, source: FormatError },
     #[error("{}: {source}", file.display())]

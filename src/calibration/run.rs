@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::CalibrationError;
-use super::collector::{Collector, Coverage, WeightSpec};
+use super::collector::{CollectError, Collector, Coverage, WeightSpec};
 use super::hessian_file::{HessianFile, Origin};
 use super::hessian_write::{HessianSpec, HessianWriter};
 use super::imatrix_sums::ImatrixSums;
@@ -135,21 +135,36 @@ pub(crate) fn specs(model: &Model<'_>, layer: usize, second: bool) -> Vec<Weight
 }
 
 /// Fills a collector.
-pub(crate) struct Collect(pub(crate) Collector);
+pub(crate) struct Collect {
+    pub(crate) collector: Collector,
+    /// Tokens of a window whose first one is left out, its activations being like no others. Experts get all of theirs.
+    tails: Option<usize>,
+}
+
+impl Collect {
+    pub(crate) fn new(specs: Vec<WeightSpec>) -> Result<Collect, CollectError> {
+        Ok(Collect { collector: Collector::new(specs)?, tails: None })
+    }
+
+    /// Without the first token of every window of `length`.
+    pub(crate) fn tails(specs: Vec<WeightSpec>, length: usize) -> Result<Collect, CollectError> {
+        Ok(Collect { tails: Some(length), ..Collect::new(specs)? })
+    }
+}
 
 impl Observer for Collect {
     fn input(&mut self, names: &[&str], expert: Option<(usize, usize)>, x: &[f32]) -> Result<(), ForwardError> {
-        let mut seen: Vec<&str> = Vec::with_capacity(names.len());
-        for name in names {
-            // parts of one fused weight
-            if seen.contains(name) {
-                continue;
+        // parts of one fused weight have one name
+        for (_, name) in names.iter().enumerate().filter(|(i, name)| !names[..*i].contains(name)) {
+            let columns = self.collector.columns(name).unwrap_or(1);
+            let mut add = |x: &[f32]| {
+                let added = self.collector.add(name, expert.map(|(e, _)| e), x, x.len() / columns);
+                added.map_err(|e| ForwardError::Observer(e.to_string()))
+            };
+            match self.tails.filter(|_| expert.is_none()) {
+                None => add(x)?,
+                Some(length) => x.chunks_exact(length * columns).try_for_each(|window| add(&window[columns..]))?,
             }
-            seen.push(name);
-            let columns = self.0.columns(name).unwrap_or(1);
-            self.0
-                .add(name, expert.map(|(e, _)| e), x, x.len() / columns)
-                .map_err(|e| ForwardError::Observer(e.to_string()))?;
         }
         Ok(())
     }
@@ -207,15 +222,15 @@ pub fn run(
         None => runner.embed(job.tokens, &mut stream(0)?)?,
     }
     for l in state.layers..job.model.spec.layers {
-        let mut collect = Collect(Collector::new(specs(job.model, l, job.second))?);
+        let mut collect = Collect::new(specs(job.model, l, job.second))?;
         let (from, mut to) = (stream(l)?, stream(l + 1)?);
         runner.layer(l, &from, &mut to, job.tokens.len(), job.memory.batch, &mut collect)?;
-        collect.0.check_shared()?;
-        watch.experts(collect.0.coverage());
+        collect.collector.check_shared()?;
+        watch.experts(collect.collector.coverage());
         if job.prior > 0 {
-            collect.0.apply_prior(job.prior)?;
+            collect.collector.apply_prior(job.prior)?;
         }
-        write_part(job, l, &collect.0)?;
+        write_part(job, l, &collect.collector)?;
         state.layers = l + 1;
         state.stream = to.digest(job.tokens.len() * n)?;
         write_state(job.state, &state)?;
@@ -226,7 +241,7 @@ pub fn run(
         let last = job.model.spec.layers;
         let name = job.model.head_name().to_string();
         let spec = WeightSpec { name, columns: n, experts: None, second: job.second, same_as: None };
-        let mut collect = Collect(Collector::new(vec![spec])?);
+        let mut collect = Collect::new(vec![spec])?;
         let head = Head::new(job.model, Activations::F32, 0)?;
         let stream = stream(last)?;
         let mut x = vec![0.0; job.length * n];
@@ -234,7 +249,7 @@ pub fn run(
             stream.read(at * n, &mut x)?;
             head.input(&mut x, &mut collect)?;
         }
-        write_part(job, last, &collect.0)?;
+        write_part(job, last, &collect.collector)?;
     }
     let parts = job.model.spec.layers + usize::from(job.output);
     let mut all = ImatrixSums::default();

@@ -11,12 +11,12 @@ use super::steps::Steps;
 use super::{Failure, REFUSED, USAGE, print, words};
 use crate::allocation::{AllocationError, TensorCosts, costs, knapsack};
 use crate::calibration::{fingerprint, windows};
+use crate::forward::backward::SAMPLE;
 use crate::gguf::GgmlType;
 use crate::plan::{Budget, Input, Options, Plan, Rounding};
 
-/// Windows of the second moments, and of the backward pass.
+/// Windows of the second moments.
 const WINDOWS: usize = 64;
-const BACKWARD: usize = 32;
 /// Windows that go through a layer together.
 const BATCH: usize = 8;
 /// Sizes of the frontier that is shown, as parts of the target.
@@ -147,7 +147,7 @@ fn predicted(
     let prepared = Prepared::new((path, input), &request)?;
     let (model, all) = (&prepared.model, &prepared.tokens);
     let tokens = &all[..all.len().min(WINDOWS * length)];
-    let backward = if costs::has_backward(model) { BACKWARD.min(tokens.len() / length) } else { 0 };
+    let backward = if model.spec.has_backward() { SAMPLE.min(tokens.len() / length) } else { 0 };
     let unit = if backward > 0 { "predicted KLD" } else { "sum of relative errors" };
     let candidates = candidates(plan, input, options);
     let mut kept = Kept {
@@ -181,8 +181,7 @@ fn predicted(
             );
         }
     }
-    let job =
-        costs::Job { model, tokens, length, batch: BATCH, backward: BACKWARD, candidates, gptq: kept.gptq, state };
+    let job = costs::Job { model, tokens, length, batch: BATCH, backward: SAMPLE, candidates, gptq: kept.gptq, state };
     let mut steps: Option<Steps> = None;
     let pool = pool(args.threads())?;
     let quiet = args.quiet;

@@ -117,7 +117,7 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     // four bytes a token, roughly
     let bytes: u64 = given.map(|p| std::fs::metadata(p).map_or(170_000, |m| m.len())).sum();
     let missing = (tokens - bytes as f64 / 4.0).max(0.0);
-    let (dense, tied) = (model.spec.experts == 0, model.head_name() == "token_embd.weight");
+    let (dense, tied) = (model.spec.has_backward(), model.tied());
     let paths = if recipe.one_pass { 1.0 } else { 2.0 };
     // tuning wants more of it
     let more = match recipe.tune.filter(|_| own && recipe.tune_text.is_empty()) {

@@ -229,7 +229,7 @@ fn by_layer(
     prepared: &Prepared<'_>,
 ) -> Result<Transforms, Failure> {
     let (model, tokens) = (&prepared.model, &prepared.tokens);
-    if anatomy.spec.experts > 0 {
+    if !anatomy.spec.has_backward() {
         return Err(Failure::new(
             REFUSED,
             format!("{}: mixtures of experts have no backward pass yet", path.display()),

@@ -9,9 +9,10 @@ use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
 use super::{Failure, RESOURCE, print, words};
 use crate::calibration::{fingerprint, windows::digest};
+use crate::forward::{Model, backward};
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
-use crate::plan::{Input, Plan, Recipe};
+use crate::plan::{Input, Plan, PlannedTensor, Recipe};
 use crate::rounding::run::{self, Job};
 use crate::rounding::state::{Report, RoundedTensors};
 
@@ -22,13 +23,10 @@ const FEW: usize = 128 * 1024;
 /// Most windows that go through a layer together.
 const BATCH: usize = 16;
 
-/// Windows of the backward pass that weighs the errors of the embedding.
-const BACKWARD: usize = 32;
-
 /// Whether errors of the embedding are weighed by gradients.
-fn weighs_embedding(plan: &Plan) -> bool {
-    let tied = plan.tensors.iter().all(|t| t.name != "output.weight");
-    plan.tensors.iter().any(|t| t.name == "token_embd.weight" && run::weighs_embedding(t.ty, tied))
+fn weighs_embedding(plan: &Plan, model: &Model<'_>) -> bool {
+    let weighs = |t: &PlannedTensor| t.name == "token_embd.weight" && run::weighs_embedding(t.ty, model.tied());
+    model.spec.has_backward() && plan.tensors.iter().any(weighs)
 }
 
 /// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.
@@ -67,8 +65,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     let kept = run::kept(model, tokens.len(), recipe.one_pass);
     let room = args.max_memory.unwrap_or_else(|| available_memory() / 2);
     let mut batch = BATCH.min(tokens.len() / length);
-    // a mixture has no backward pass
-    let backward = weighs_embedding(plan) && model.spec.experts == 0;
+    let backward = weighs_embedding(plan, model);
     let memory = |batch| run::memory(model, length, batch, threads, backward);
     let keep = memory(batch) + kept <= room;
     while batch > 1 && args.max_memory.is_some_and(|l| memory(batch) > l) {
@@ -114,7 +111,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         text: digest(tokens),
         one_pass: recipe.one_pass,
         batch,
-        backward: backward as usize * BACKWARD,
+        backward: backward as usize * backward::SAMPLE,
         keep,
         state: &state,
     };

@@ -319,7 +319,12 @@ impl<'a> Model<'a> {
 
     /// The head's tensor: `output.weight`, or the embedding of a tied model.
     pub fn head_name(&self) -> &'static str {
-        if self.has("output.weight") { "output.weight" } else { "token_embd.weight" }
+        if self.tied() { "token_embd.weight" } else { "output.weight" }
+    }
+
+    /// True if the embedding is the head as well.
+    pub fn tied(&self) -> bool {
+        !self.has("output.weight")
     }
 
     /// The stored type of the head.

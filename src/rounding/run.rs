@@ -53,9 +53,6 @@ fn widest(model: &Model<'_>) -> usize {
     model.feed_forward().max(model.spec.heads * model.spec.head_dim)
 }
 
-/// Windows that go backward together.
-const BACKWARD_BATCH: usize = 8;
-
 /// Bytes of the streams, and of the inputs that a step leaves to the next, of `tokens` tokens.
 pub fn kept(model: &Model<'_>, tokens: usize, one_pass: bool) -> u64 {
     let s = &model.spec;
@@ -71,7 +68,7 @@ pub fn memory(model: &Model<'_>, length: usize, batch: usize, threads: usize, ba
     // the table, before and after, both sides of the head, logits, a layer and what it leaves to its backward pass
     let table = 4 * (model.vocab * s.embed) as u64;
     let logits = 4 * 2 * 512 * model.vocab as u64;
-    let tokens = batch.min(BACKWARD_BATCH) * length;
+    let tokens = batch.min(backward::SAMPLE_BATCH) * length;
     let gradients = crate::tuning::student::kept(model, tokens) / s.layers.max(1) as u64;
     let wide = 4 * tokens as u64 * (6 * s.embed + 4 * s.heads * s.head_dim + 3 * model.feed_forward()) as u64;
     let head = 2 * table.min(256 << 20) + logits;
@@ -166,10 +163,9 @@ pub fn weighs_embedding(ty: GgmlType, tied: bool) -> bool {
 /// mean over its rows of what they cost on both sides: the second moment of the head's input comes in as often as the gradients
 /// at the logits have it.
 pub(crate) fn embedding_factor(model: &Model<'_>, f: &backward::Fisher) -> Result<Factor, RoundingError> {
-    let head = model.head_name();
     let mut second = f.embedding.clone();
-    if head == "token_embd.weight" {
-        let weight: f64 = f.of(head).unwrap_or_default().iter().sum();
+    if model.tied() {
+        let weight: f64 = f.of(model.head_name()).unwrap_or_default().iter().sum();
         second.iter_mut().zip(&f.head_input).for_each(|(s, h)| *s += weight * h);
     }
     // few tokens for many columns, and gradients of a sampled label: damp well
@@ -234,10 +230,8 @@ impl Work<'_> {
             (0..n).for_each(|i| identity[linalg::packed_at(i, i)] = 1.0);
             return Factor::new(&identity, 1, n, 0.0);
         }
-        let text = &job.tokens[..job.tokens.len().min(job.backward * job.length)];
-        let windows = backward::Windows { length: job.length, batch: job.batch.min(BACKWARD_BATCH), first: 1 };
-        let labels = backward::Labels::Sampled(1);
-        let f = backward::fisher_of(job.model, text, windows, labels, Some(job.state), &mut |_| {})?;
+        let sizes = (job.backward, job.batch);
+        let f = backward::sample(job.model, job.tokens, job.length, sizes, job.state, &mut |_| {})?;
         embedding_factor(job.model, &f)
     }
 

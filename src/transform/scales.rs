@@ -9,7 +9,6 @@ use super::TransformError;
 use super::anatomy::{Anatomy, Pair};
 use super::preset::Preset;
 use super::set::Transforms;
-use crate::calibration::collector::Collector;
 use crate::calibration::moments::Moments;
 use crate::calibration::run::{Collect, specs};
 use crate::formats::{self, BlockFormat};
@@ -46,7 +45,7 @@ struct Sight {
 impl Observer for Sight {
     fn input(&mut self, names: &[&str], expert: Option<(usize, usize)>, x: &[f32]) -> Result<(), ForwardError> {
         self.collect.input(names, expert, x)?;
-        if let (Some(columns), None) = (names.first().and_then(|n| self.collect.0.columns(n)), expert) {
+        if let (Some(columns), None) = (names.first().and_then(|n| self.collect.collector.columns(n)), expert) {
             let largest = self.largest.entry(names[0].to_string()).or_insert_with(|| vec![0.0; columns]);
             for row in x.chunks_exact(columns) {
                 largest.iter_mut().zip(row).for_each(|(l, v)| *l = l.max(v.abs()));
@@ -76,8 +75,8 @@ pub fn run(job: &Job<'_>, preset: Preset, done: &mut dyn FnMut(usize)) -> Result
     runner.embed(job.tokens, &mut hidden)?;
     for l in 0..layers {
         let second = preset == Preset::Awq;
-        let collector = Collector::new(specs(model, l, second)).map_err(|e| TransformError::Other(e.to_string()))?;
-        let mut sight = Sight { collect: Collect(collector), largest: HashMap::new() };
+        let collect = Collect::new(specs(model, l, second)).map_err(|e| TransformError::Other(e.to_string()))?;
+        let mut sight = Sight { collect, largest: HashMap::new() };
         runner.layer_in_place(l, &mut hidden, job.tokens.len(), BATCH, &mut sight)?;
         match preset {
             Preset::SmoothQuant => smooth(job, l, &sight, &mut t),
@@ -136,11 +135,11 @@ fn index(model: &Model<'_>, name: &str) -> usize {
 
 fn awq(job: &Job<'_>, l: usize, sight: &Sight, t: &mut Transforms) -> Result<(), TransformError> {
     let spec = &job.anatomy.spec;
-    let moments = |parts: &[&str]| present(job, l, parts).iter().find_map(|n| sight.collect.0.moments(n));
+    let moments = |parts: &[&str]| present(job, l, parts).iter().find_map(|n| sight.collect.collector.moments(n));
     let readers = |parts: &[&str]| {
         let mut all = Vec::new();
         for name in present(job, l, parts) {
-            let own = sight.collect.0.moments(&name).unwrap_or_default();
+            let own = sight.collect.collector.moments(&name).unwrap_or_default();
             all.extend(own.iter().enumerate().map(|(expert, moments)| Reader { name: name.clone(), expert, moments }));
         }
         all

@@ -82,6 +82,25 @@ pub fn fisher(
     fisher_of(model, tokens, Windows { length, batch, first }, Labels::Sampled(seed), None, progress)
 }
 
+/// Windows of text that [`sample`] looks at, and how many of them at a time at most.
+pub const SAMPLE: usize = 32;
+pub const SAMPLE_BATCH: usize = 8;
+
+/// [`fisher_of`] the first `windows` windows of `length` of `tokens`, at most `batch` at a time: what a cost needs to know. Labels are
+/// drawn; the first position of a window does not count.
+pub fn sample(
+    model: &Model<'_>,
+    tokens: &[u32],
+    length: usize,
+    (windows, batch): (usize, usize),
+    scratch: &Path,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Fisher, ForwardError> {
+    let text = &tokens[..tokens.len().min(windows * length)];
+    let windows = Windows { length, batch: batch.min(SAMPLE_BATCH), first: 1 };
+    fisher_of(model, text, windows, Labels::Sampled(1), Some(scratch), progress)
+}
+
 /// [`fisher`] with labels of the caller's choice; `scratch`: a folder for the streams, which then take no memory.
 pub fn fisher_of(
     model: &Model<'_>,
@@ -144,7 +163,7 @@ pub fn fisher_of(
 /// Refuses what cannot be run before anything is read.
 fn check(model: &Model<'_>, tokens: &[u32], windows: Windows, labels: Labels<'_>) -> Result<(), ForwardError> {
     let Windows { length, first, .. } = windows;
-    if model.spec.experts > 0 {
+    if !model.spec.has_backward() {
         let why = "gradients of experts are not written yet".into();
         return Err(ForwardError::NoBackward { arch: model.spec.arch.clone(), why });
     }
