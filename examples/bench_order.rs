@@ -24,7 +24,7 @@ fn error(ty: GgmlType, w: &[f32], h: &[f64], order: &[usize]) -> f64 {
     }
     let f = Factor::new(&packed, 1, n, 0.01).expect("a Hessian");
     let w: Vec<f32> = w.chunks_exact(n).flat_map(|row| order.iter().map(|&j| row[j])).collect();
-    matrix::round(ty, &w, &w, &f).expect("a weight").error
+    matrix::round(ty.into(), &w, &w, &f).expect("a weight").error
 }
 
 fn main() {

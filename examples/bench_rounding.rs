@@ -79,7 +79,8 @@ fn inner_loop() {
             }
             let g = Grid::of(ty).expect("a grid");
             let levels = AnyLevels::of(g.levels);
-            let mut tiles: Vec<(Vec<f32>, Tile)> = (0..4 * threads)
+            // a processor's time is told in ticks of some milliseconds
+            let mut tiles: Vec<(Vec<f32>, Tile)> = (0..((8 << 20) / (n * n)).clamp(1, 8) * 4 * threads)
                 .map(|i| {
                     let mut w = vec![0f32; matrix::ROWS * n];
                     noise(i as u64 + 77, &mut w);
@@ -240,6 +241,7 @@ fn one_block(tokens: usize, (width, feed_forward): (usize, usize), blocks: usize
         fingerprint: String::new(),
         text: String::new(),
         one_pass: false,
+        row_scales: false,
         batch,
         backward: 0,
         keep: false,

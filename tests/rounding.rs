@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::program::{self, Checkpoint, command, fixture};
 use ostq_convert::formats::simd::Isa;
+use ostq_convert::gguf::{self, GgmlType};
 
 /// Text with some structure, for a few dozen windows of 64.
 fn text(dir: &Path) -> String {
@@ -91,6 +92,8 @@ fn what_cannot_be_asked_for_is_refused() {
     run(&["--rounding", "gptq"]).exits(2).says("needs --calibrate");
     run(&["--rounding", "best"]).exits(2).says("not nearest, gptq or auto");
     run(&["--exact", "--rounding", "gptq", "--calibrate", &text]).exits(2).says("--exact");
+    run(&["--row-scales"]).exits(2).says("needs --calibrate");
+    run(&["--exact", "--row-scales", "--calibrate", &text]).exits(2).says("--exact");
     run(&["--like", "q4_k_m"]).exits(2).says("needs --calibrate");
     run(&["--like", "q4_k_m", "--exact", "--calibrate", &text]).exits(2).says("--exact");
     run(&["--target-bpw=0", "--calibrate", &text]).exits(2).says("--target-bpw");
@@ -157,6 +160,29 @@ fn a_trained_model_comes_out_nearer() {
 }
 
 /// A conversion that rounds says at its end what it came to, type by type; the numbers are those of `inspect`.
+/// One scale for each row, however it is rounded and after tuning.
+#[test]
+fn rows_keep_one_scale() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, out, text) = (fixture("tiny"), dir.path().join("a.gguf"), text(dir.path()));
+    let base = ["-t", "q4_0", "--pure", "--row-scales", "--calibrate", &text, "--ctx", "64"];
+    let mut files = Vec::new();
+    for more in [&[][..], &["--rounding", "nearest"], &["--tune", "2"]] {
+        files.push(convert(&input, &out, &[&base[..], more].concat(), None));
+        let bytes = files.last().unwrap();
+        let mut seen = 0;
+        for t in gguf::read(bytes).unwrap().tensors.iter().filter(|t| t.ty == GgmlType::Q4_0) {
+            let row = t.dims[0] as usize / 32 * 18;
+            for row in bytes[t.offset as usize..][..t.bytes as usize].chunks(row) {
+                assert!(row.chunks(18).all(|b| b[..2] == row[..2]), "{} {more:?}", t.name);
+            }
+            seen += 1;
+        }
+        assert!(seen > 4);
+    }
+    assert!(files[0] != files[1] && files[0] != files[2]);
+}
+
 #[test]
 fn a_conversion_ends_with_a_table_of_its_types() {
     let dir = tempfile::tempdir().unwrap();

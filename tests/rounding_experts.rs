@@ -104,6 +104,7 @@ fn round(r: &Run, types: &BTreeMap<String, GgmlType>) -> (BTreeMap<String, Vec<f
         fingerprint: "f".into(),
         text: "t".into(),
         one_pass: r.one_pass,
+        row_scales: false,
         batch: r.batch,
         backward: 0,
         keep: r.keep,

@@ -111,6 +111,10 @@ pub struct ConvertArgs {
     /// With gptq: take the inputs of every layer from the float model, not from what is rounded before it. Half the time.
     #[arg(long, help_heading = "Importance")]
     one_pass: bool,
+    /// With gptq: one scale for each row, the same in all of its blocks, to compare with methods that have no blocks. Much worse
+    /// at the same size; q4_0, q5_0, q8_0 and iq4_nl.
+    #[arg(long, help_heading = "Importance")]
+    row_scales: bool,
     /// After GPTQ, tune scales, minima, norms and, up to 4 bits, codes by so many steps of gradient descent on the divergence
     /// of the predictions.
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "600", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(1..))]
@@ -351,6 +355,7 @@ impl ConvertArgs {
             ctx: self.ctx,
             rounding: self.rounding.clone(),
             one_pass: self.one_pass,
+            row_scales: self.row_scales,
             tune: self.tune,
             tune_text: self.tune_text.clone(),
             tune_batch: self.tune_batch,

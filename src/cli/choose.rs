@@ -14,6 +14,7 @@ use crate::forward::Model;
 use crate::gguf::Metadata;
 use crate::plan::memory::human;
 use crate::plan::{Input, Options, Plan, Rounding};
+use crate::rounding::matrix::Form;
 use crate::rounding::run::{self, Job};
 use crate::rounding::state::{RoundedTensors, forget};
 use crate::rounding::weighted;
@@ -165,6 +166,7 @@ impl Trial<'_> {
                 fingerprint: fingerprint::fingerprint(model.source()),
                 text: windows::digest(self.text),
                 one_pass: self.options.recipe.one_pass,
+                row_scales: self.options.recipe.row_scales,
                 batch: BATCH,
                 backward: 0,
                 keep: true,
@@ -173,6 +175,7 @@ impl Trial<'_> {
             run::run(&job, &mut Steps::new("layer", model.spec.layers, true))?;
             return super::tune::rounded_of(plan, &RoundedTensors::open(self.state, types.into_iter())?);
         }
+        let row_scales = self.options.recipe.row_scales;
         let imatrix = super::calibrate::before(self.args, &self.options.recipe, input)?;
         let mut all = BTreeMap::new();
         for (name, ty) in types {
@@ -182,8 +185,15 @@ impl Trial<'_> {
             input.source.read_rows(index, 0..t.rows(), &mut values);
             let mut bytes = vec![0; values.len() / ty.block_len() * ty.block_bytes()];
             let weights = imatrix.entries.get(&name).map(Vec::as_slice);
-            weighted::nearest(ty, &values, t.row_len() as usize, weights, self.options.search, &mut bytes)
-                .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
+            weighted::nearest(
+                Form { ty, row_scales },
+                &values,
+                t.row_len() as usize,
+                weights,
+                self.options.search,
+                &mut bytes,
+            )
+            .map_err(|source| crate::transform::TransformError::Format { tensor: name.clone(), source })?;
             all.insert(name, Rounded { ty, bytes });
         }
         Ok(all)

@@ -73,6 +73,7 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
         imatrix: imatrix.as_ref(),
         rounded: rounded.as_ref(),
         search: options.search,
+        row_scales: options.recipe.row_scales,
         memory,
         output: &out,
         force: args.force,

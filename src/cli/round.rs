@@ -110,6 +110,7 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
         fingerprint: fingerprint::fingerprint(model.source()),
         text: digest(tokens),
         one_pass: recipe.one_pass,
+        row_scales: recipe.row_scales,
         batch,
         backward: backward as usize * backward::SAMPLE,
         keep,

@@ -8,6 +8,7 @@
 pub mod hash;
 pub mod progress;
 pub mod provenance;
+mod sha256;
 mod verify;
 mod work;
 
@@ -57,6 +58,8 @@ pub struct Run<'a> {
     pub rounded: Option<&'a RoundedTensors>,
     /// Search scales of weighted tensors better than llama.cpp does.
     pub search: bool,
+    /// One scale for each row, with `search`.
+    pub row_scales: bool,
     pub memory: Memory,
     pub output: &'a Path,
     pub force: bool,

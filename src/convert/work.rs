@@ -12,6 +12,7 @@ use crate::formats::{self, BlockFormat, FormatError};
 use crate::gguf::GgmlType;
 use crate::plan::PlannedTensor;
 use crate::plan::memory::rows_per_item;
+use crate::rounding::matrix::Form;
 use crate::rounding::weighted;
 
 /// A tensor that cannot be converted: which, where, why.
@@ -197,7 +198,14 @@ fn encode(
         overflows += round_through(&fail, t.via, values, rounded, row_len)?;
     }
     let format = format_of(t.ty);
-    let encoded = weighted::nearest(t.ty, values, row_len, importance(run, t, row), run.search, bytes);
+    let encoded = weighted::nearest(
+        Form { ty: t.ty, row_scales: run.row_scales },
+        values,
+        row_len,
+        importance(run, t, row),
+        run.search,
+        bytes,
+    );
     encoded.map_err(|source| fail.format(source, t.ty, values))?;
     if t.ty == GgmlType::F16 {
         overflows += fail.f16_overflows(values, bytes)?;

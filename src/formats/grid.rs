@@ -54,6 +54,8 @@ pub struct Grid {
     pub levels: Levels,
     pub scales: Scales,
     pub offsets: Offsets,
+    /// All blocks of a row have the same scale.
+    pub row: bool,
 }
 
 /// Twice the values of E2M1, ascending (`kvalues_fp4` of ggml-common.h).
@@ -82,7 +84,13 @@ impl Grid {
             TQ1_0 | TQ2_0 => (256, 256, Range { lo: -1, hi: 1 }, Scales::F16, Offsets::None),
             _ => return None,
         };
-        Some(Grid { ty, block, sub, levels, scales, offsets })
+        Some(Grid { ty, block, sub, levels, scales, offsets, row: false })
+    }
+
+    /// The same with one scale for each row; `None` where there is more to a block than an f16.
+    pub fn by_row(self) -> Option<Grid> {
+        let plain = self.scales == Scales::F16 && self.offsets == Offsets::None && self.block == 32;
+        plain.then_some(Grid { row: true, ..self })
     }
 
     /// Sub-blocks of a block.

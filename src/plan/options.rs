@@ -164,6 +164,12 @@ impl Options {
         if rounding == Rounding::Gptq && !r.prune_layers.is_empty() {
             return Err("--prune-layers leaves another model: write it with --outtype bf16, then round that".into());
         }
+        if r.row_scales && (r.exact || r.calibrate.is_empty()) {
+            return Err(match r.exact {
+                true => "--exact promises llama.cpp's bytes: it does not go with --row-scales".into(),
+                false => format!("--row-scales needs --calibrate TEXT (or --calibrate {})", super::BUILT_IN),
+            });
+        }
         let budget = match (r.target_size, r.target_bpw, &r.like) {
             (Some(bytes), None, None) => Some(Budget::Bytes(bytes)),
             (None, Some(bits), None) if bits.is_finite() && bits > 0.0 => Some(Budget::Bits(bits)),

@@ -74,6 +74,9 @@ pub struct Recipe {
     /// Hessians of the float model only.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub one_pass: bool,
+    /// GPTQ with one scale for each row.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub row_scales: bool,
     /// Steps of tuning after GPTQ.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tune: Option<u32>,
@@ -174,7 +177,7 @@ impl Recipe {
         } else if imatrix_over {
             self.calibrate.clear();
         }
-        or!(exact one_pass leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
+        or!(exact one_pass row_scales leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
         extend!(tensor_type types calibrate tune_text include_weights exclude_weights override_kv prune_layers);
         self

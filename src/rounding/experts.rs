@@ -7,6 +7,7 @@
 
 use super::RoundingError;
 use super::fit::{self, DAMPING, Fitted};
+use super::matrix::Form;
 use super::run::Work;
 use super::site::{Site, is_held_out};
 use super::state::Report;
@@ -237,7 +238,14 @@ fn plain(job: &super::run::Job<'_>, linears: &[Linear; 3], importance: &[f32]) -
         let ones = vec![1f32; l.inputs];
         let weights = if importance.len() == l.inputs && !l.name.contains("ffn_down") { importance } else { &ones };
         let mut bytes = vec![0u8; l.weight.len() / ty.block_len() * ty.block_bytes()];
-        weighted::nearest(ty, &l.weight, l.inputs, Some(weights), true, &mut bytes)?;
+        weighted::nearest(
+            Form { ty, row_scales: job.row_scales },
+            &l.weight,
+            l.inputs,
+            Some(weights),
+            true,
+            &mut bytes,
+        )?;
         fitted.blocks.push((l.name.clone(), bytes));
     }
     Ok(fitted)

@@ -7,8 +7,9 @@ use rayon::prelude::*;
 use super::run::Job;
 use super::site::Site;
 
+use super::RoundingError;
+use super::matrix::{self, Form};
 use super::state::Report;
-use super::{RoundingError, matrix};
 use crate::calibration::stages::Stages;
 use crate::forward::layer::Linear;
 use crate::gguf::GgmlType;
@@ -52,7 +53,9 @@ pub fn round(
         } else {
             None
         };
-        let one = |(i, (l, ty)): (usize, &(&Linear, GgmlType))| matrix::round(*ty, &l.weight, target(i), &factor);
+        let one = |(i, (l, ty)): (usize, &(&Linear, GgmlType))| {
+            matrix::round(Form { ty: *ty, row_scales: job.row_scales }, &l.weight, target(i), &factor)
+        };
         let all: Vec<_> =
             stages.time("rounding", || wanted.par_iter().enumerate().map(one).collect::<Result<_, RoundingError>>())?;
         drop(targets);

@@ -7,7 +7,7 @@ use super::factor::Factor;
 use super::gptq::{PANEL, Tile, gptq_tile};
 use super::levels::AnyLevels;
 use super::refine::{errors, refine};
-use super::{RoundingError, codebook_gptq, codebook_refine};
+use super::{RoundingError, codebook_gptq, codebook_refine, weighted};
 use crate::formats::grid::{self, Grid, Parts};
 use crate::formats::iq::codebook::Codebook;
 use crate::forward::kernels::vectorized;
@@ -73,9 +73,31 @@ vectorized! {
     }
 }
 
-/// Rounds `weight` \[rows, n\] to `ty`, near `target` in the norm of the Hessian.
-pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result<Rounded, RoundingError> {
-    let n = f.n;
+/// What to round to.
+#[derive(Clone, Copy, Debug)]
+pub struct Form {
+    pub ty: GgmlType,
+    /// One scale for each row ([`Grid::by_row`]) where the type can.
+    pub row_scales: bool,
+}
+
+impl From<GgmlType> for Form {
+    fn from(ty: GgmlType) -> Form {
+        Form { ty, row_scales: false }
+    }
+}
+
+impl Form {
+    /// What its blocks can say; `None` for floats and vector codebooks.
+    pub fn grid(self) -> Option<Grid> {
+        let grid = Grid::of(self.ty)?;
+        Some(if self.row_scales { grid.by_row().unwrap_or(grid) } else { grid })
+    }
+}
+
+/// Rounds `weight` \[rows, n\] to `form`, near `target` in the norm of the Hessian.
+pub fn round(form: Form, weight: &[f32], target: &[f32], f: &Factor) -> Result<Rounded, RoundingError> {
+    let (n, ty) = (f.n, form.ty);
     assert!(weight.len() == target.len() && weight.len().is_multiple_of(n), "whole rows");
     let row_bytes = n / ty.block_len() * ty.block_bytes();
     let rows = weight.len() / n;
@@ -89,7 +111,7 @@ pub fn round(ty: GgmlType, weight: &[f32], target: &[f32], f: &Factor) -> Result
         .zip(values.par_chunks_mut(ROWS * n))
         .zip(weight.par_chunks(ROWS * n).zip(target.par_chunks(ROWS * n)))
         .with_max_len(1)
-        .map(|(((bytes, plain), values), wt)| tile((ty, books), wt, f, (bytes, plain), values))
+        .map(|(((bytes, plain), values), wt)| tile((form, books), wt, f, (bytes, plain), values))
         .collect();
     let (mut error, mut nearest, mut rows_nearest) = (0.0, 0.0, 0);
     for (e, n, r) in tiles? {
@@ -111,19 +133,28 @@ pub fn nearest(ty: GgmlType, weight: &[f32], f: &Factor) -> Result<(Vec<u8>, Vec
 }
 
 fn tile(
-    (ty, books): (GgmlType, Option<(&Codebook, &Norms)>),
+    (form, books): (Form, Option<(&Codebook, &Norms)>),
     (weight, target): (&[f32], &[f32]),
     f: &Factor,
     (bytes, plain_bytes): (&mut [u8], &mut [u8]),
     values: &mut [f32],
 ) -> Result<(f64, f64, usize), RoundingError> {
-    let n = f.n;
+    let (n, ty) = (f.n, form.ty);
     let rows = weight.len() / n;
     let mut gradient = Vec::new();
-    let (coded, plain) = nearest(ty, weight, f)?;
+    let (coded, plain) = match form.grid() {
+        Some(g) if g.row => {
+            let mut coded = vec![0u8; bytes.len()];
+            weighted::encode(&g, weight, &f.importance, &mut coded);
+            let mut decoded = vec![0f32; weight.len()];
+            crate::formats::format(ty).expect("it has a grid").decode(&coded, &mut decoded);
+            (coded, decoded)
+        }
+        _ => nearest(ty, weight, f)?,
+    };
     plain_bytes.copy_from_slice(&coded);
     let plain_errors = errors(f, &plain, target, &mut gradient);
-    let own_errors = match Grid::of(ty) {
+    let own_errors = match form.grid() {
         Some(g) => {
             let mut t = Tile::new(&g, target, n);
             let mut padded = target.to_vec();
@@ -131,17 +162,9 @@ fn tile(
             let levels = AnyLevels::of(g.levels);
             gptq_tile(&g, &levels, f, &mut t, true);
             let own = refine_tile(&g, &levels, f, &mut t, &padded);
-            let blocks = n / g.block;
-            for (i, out) in bytes.chunks_exact_mut(ty.block_bytes()).enumerate() {
-                let (r, b) = (i / blocks, i % blocks);
-                let head = &t.heads[i];
-                let codes = &t.codes[r * n + b * g.block..][..g.block];
-                let (scales, offsets) = (&head.scales[..g.subs()], &head.offsets[..g.subs()]);
-                grid::pack(ty, &Parts { d: head.d, m: head.m, scales, offsets, codes }, out);
-            }
-            let format = crate::formats::format(ty).expect("it has a grid");
-            format.validate(bytes)?;
-            format.decode(bytes, values);
+            let (coded, decoded) = packed(&g, &t, rows)?;
+            bytes.copy_from_slice(&coded);
+            values.copy_from_slice(&decoded);
             own
         }
         None => match books {
@@ -172,6 +195,22 @@ fn tile(
         error += own_errors[r].min(plain_errors[r]);
     }
     Ok((error, plain_errors.iter().sum(), worse))
+}
+
+/// The blocks of the first `rows` rows of a tile, and what they decode to.
+fn packed(g: &Grid, t: &Tile, rows: usize) -> Result<(Vec<u8>, Vec<f32>), RoundingError> {
+    let (ty, heads) = (g.ty, &t.heads[..rows * (t.n / g.block)]);
+    let mut bytes = vec![0u8; heads.len() * ty.block_bytes()];
+    let blocks = bytes.chunks_exact_mut(ty.block_bytes()).zip(t.codes.chunks_exact(g.block));
+    for ((out, codes), head) in blocks.zip(heads) {
+        let (scales, offsets) = (&head.scales[..g.subs()], &head.offsets[..g.subs()]);
+        grid::pack(ty, &Parts { d: head.d, m: head.m, scales, offsets, codes }, out);
+    }
+    let format = crate::formats::format(ty).expect("it has a grid");
+    format.validate(&bytes)?;
+    let mut values = vec![0f32; rows * t.n];
+    format.decode(&bytes, &mut values);
+    Ok((bytes, values))
 }
 
 /// IQ1, whose points have shifts: ggml's search on a super-block at a time, errors carried to the later ones.

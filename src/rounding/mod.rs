@@ -7,6 +7,7 @@
 //! where that is better. [`run`] takes a model through it layer by layer: the float model and the rounded one side by side,
 //! each layer fitted to the float model's output from the inputs that the rounded one gives it ([`target`]).
 
+mod carry;
 pub mod codebook;
 pub mod codebook_gptq;
 pub mod codebook_refine;

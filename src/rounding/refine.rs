@@ -116,7 +116,7 @@ impl Row<'_> {
         if only_codes {
             return;
         }
-        if g.scales != Scales::E8M0 {
+        if g.scales != Scales::E8M0 && !g.row {
             self.shared(g, l, head, codes, b0, false);
         }
         if g.offsets != Offsets::None {

@@ -39,6 +39,8 @@ pub struct Job<'a> {
     pub text: String,
     /// Hessians of the float model only.
     pub one_pass: bool,
+    /// One scale for each row ([`Grid::by_row`](crate::formats::grid::Grid::by_row)), in types that have an f16 by block alone.
+    pub row_scales: bool,
     /// Windows that go through a layer together.
     pub batch: usize,
     /// Windows of the backward pass that weighs the errors of the embedding; 0: all columns weigh alike.
@@ -95,6 +97,7 @@ pub fn run(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Vec<Report>, Rounding
         tokens: job.tokens.len(),
         length: job.length,
         one_pass: job.one_pass,
+        row_scales: job.row_scales,
         types: job.types.iter().map(|(n, t)| (n.clone(), t.name().to_string())).collect(),
     };
     let stream = |layers: usize| Pair::in_files(job, &format!("stream-{}", layers % 2), n);
@@ -194,7 +197,7 @@ impl Work<'_> {
         job.model.embedding_rows(0, vocab, &mut table)?;
         if let Some(&ty) = job.types.get(name) {
             let f = self.embedding_factor()?;
-            let r = matrix::round(ty, &table, &table, &f)?;
+            let r = matrix::round(matrix::Form { ty, row_scales: job.row_scales }, &table, &table, &f)?;
             state::write_blocks(job.state, name, &r.bytes)?;
             self.reports.push(Report {
                 name: name.into(),

@@ -85,6 +85,17 @@ fn ends(x: &[f32]) -> (f32, f32) {
     (lo.iter().fold(f32::MAX, |a, b| a.min(*b)), hi.iter().fold(f32::MIN, |a, b| a.max(*b)))
 }
 
+/// Codes on `candidate` and refits; takes the scale where that explains more than `best`. No closure: those are compiled without
+/// the instructions of what they stand in where they are not inlined.
+#[inline(always)]
+fn fit<L: Levels>(l: L, x: &[f32], w: &[f32], candidate: f32, best: &mut f32, scale: &mut f32) {
+    let s = sums(l, x, w, candidate, 0.0);
+    if s.ll > 0.0 && s.xl * s.xl > *best * s.ll {
+        *best = s.xl * s.xl / s.ll;
+        *scale = s.xl / s.ll;
+    }
+}
+
 /// The best scale of a sub-block without offset.
 #[inline(always)]
 fn symmetric<L: Levels>(l: L, x: &[f32], w: &[f32]) -> f32 {
@@ -104,23 +115,16 @@ fn symmetric<L: Levels>(l: L, x: &[f32], w: &[f32]) -> f32 {
         _ => &[0.7, 0.75, 0.8, 0.85, 0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.15, 1.2],
     };
     let (mut best, mut scale) = (-1.0f32, 0.0f32);
-    let mut take = |candidate: f32, scale: &mut f32| {
-        let s = sums(l, x, w, candidate, 0.0);
-        if s.ll > 0.0 && s.xl * s.xl > best * s.ll {
-            best = s.xl * s.xl / s.ll;
-            *scale = s.xl / s.ll;
-        }
-    };
     for end in [bottom, top] {
         for f in span {
-            take(extreme / (end * f), &mut scale);
+            fit(l, x, w, extreme / (end * f), &mut best, &mut scale);
         }
         if bottom == -top {
             break;
         }
     }
     for _ in 0..2 {
-        take(scale, &mut scale);
+        fit(l, x, w, scale, &mut best, &mut scale);
     }
     scale
 }
@@ -146,30 +150,15 @@ fn affine<L: Levels>(l: L, x: &[f32], w: &[f32], below: bool) -> (f32, f32) {
         4..16 => &[-0.02, 0.0, 0.03, 0.06, 0.1],
         _ => &[-0.01, 0.0, 0.015, 0.03, 0.05],
     };
-    let (mut best, mut line) = (f32::MAX, (0.0f32, 0.0f32));
-    let mut take = |scale: f32, offset: f32| {
-        let s = sums(l, x, w, scale, offset);
-        if s.error < best {
-            best = s.error;
-            line = (scale, offset);
-        }
-        let det = sw * s.ll - s.l * s.l;
-        let mut fit = (scale, offset);
-        if det > 0.0 {
-            fit = ((sw * s.xl - sx * s.l) / det, (s.ll * sx - s.l * s.xl) / det);
-        }
-        if below && fit.1 > 0.0 && s.ll > 0.0 {
-            fit = (s.xl / s.ll, 0.0);
-        }
-        if fit.0 > 0.0 { fit } else { (scale, offset) }
-    };
+    let of = Affine { x, w, sw, sx, below };
+    let mut best = (f32::MAX, (0.0f32, 0.0f32));
     let mut tried = (f32::MAX, (0.0f32, 0.0f32));
     for a in shrinks {
         let from = lo + a * range;
         let from = if below { from.min(0.0) } else { from };
         for b in shrinks {
             let to = hi - b * range;
-            let fit = take((to - from) / top, from);
+            let fit = of.fit(l, ((to - from) / top, from), &mut best);
             let s = sums(l, x, w, fit.0, fit.1);
             if s.error < tried.0 {
                 tried = (s.error, fit);
@@ -177,11 +166,41 @@ fn affine<L: Levels>(l: L, x: &[f32], w: &[f32], below: bool) -> (f32, f32) {
         }
     }
     let mut fit = tried.1;
-    for _ in 0..3 {
-        fit = take(fit.0, fit.1);
+    for _ in 0..4 {
+        fit = of.fit(l, fit, &mut best);
     }
-    take(fit.0, fit.1);
-    line
+    best.1
+}
+
+/// A sub-block that gets scale and offset.
+struct Affine<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    /// Σ w, Σ w x.
+    sw: f32,
+    sx: f32,
+    /// The offset must not be above zero.
+    below: bool,
+}
+
+impl Affine<'_> {
+    /// Codes on the line, which is taken where its error is less than that of `best`; refitted.
+    #[inline(always)]
+    fn fit<L: Levels>(&self, l: L, (scale, offset): (f32, f32), best: &mut (f32, (f32, f32))) -> (f32, f32) {
+        let s = sums(l, self.x, self.w, scale, offset);
+        if s.error < best.0 {
+            *best = (s.error, (scale, offset));
+        }
+        let det = self.sw * s.ll - s.l * s.l;
+        let mut fit = (scale, offset);
+        if det > 0.0 {
+            fit = ((self.sw * s.xl - self.sx * s.l) / det, (s.ll * self.sx - s.l * s.xl) / det);
+        }
+        if self.below && fit.1 > 0.0 && s.ll > 0.0 {
+            fit = (s.xl / s.ll, 0.0);
+        }
+        if fit.0 > 0.0 { fit } else { (scale, offset) }
+    }
 }
 
 /// Searches everything that a block of `g` stores: `x` and weights `w` are its values. Not worse than what ggml finds.
@@ -226,6 +245,32 @@ fn own<L: Levels>(g: &Grid, l: L, x: &[f32], w: &[f32]) -> Head {
         }
         (Scales::Ints { .. }, _) => super_block(g, l, x, w),
     }
+}
+
+/// The best scale of a whole row ([`Grid::row`]): `x` and weights `w` are its values. Outliers of a row are farther out than those
+/// of a block, so more of them may be clipped.
+#[inline(always)]
+pub fn row<L: Levels>(l: L, x: &[f32], w: &[f32]) -> Head {
+    let (lo, hi) = ends(x);
+    let most = hi.max(-lo);
+    let top = l.ends().1;
+    let (mut best, mut scale) = (f32::MAX, 0f32);
+    for step in 0..60 {
+        for sign in [1.0, -1.0] {
+            // from nothing clipped to four times the range of the levels
+            let start = sign * most / (top * (1.0 + 0.05 * step as f32));
+            let first = sums(l, x, w, start, 0.0);
+            let fitted = if first.ll > 0.0 { first.xl / first.ll } else { start };
+            for s in [start, fitted] {
+                let s = from_f16_bits(to_f16_bits(s));
+                let error = sums(l, x, w, s, 0.0).error;
+                if error < best {
+                    (best, scale) = (error, s);
+                }
+            }
+        }
+    }
+    Head { d: to_f16_bits(scale), ..Head::default() }
 }
 
 #[inline(always)]

@@ -21,6 +21,7 @@ pub struct Key {
     pub tokens: usize,
     pub length: usize,
     pub one_pass: bool,
+    pub row_scales: bool,
     /// Types by tensor.
     pub types: BTreeMap<String, String>,
 }

@@ -125,7 +125,7 @@ fn without_correlation_every_code_is_the_nearest() {
     let n = 512;
     let (f, w) = (identity(n), values(20 * 512, 8));
     for g in GgmlType::ALL.iter().filter_map(|&t| Grid::of(t)) {
-        let r = round(g.ty, &w, &w, &f).unwrap();
+        let r = round(g.ty.into(), &w, &w, &f).unwrap();
         let (_, plain) = nearest(g.ty, &w, &f).unwrap();
         assert!(r.error <= error(&f, &plain, &w) * (1.0 + 1e-6), "{}", g.ty);
         // no other code of its sub-block is nearer, but in rows that are ggml's (it codes before it rounds the scale to f16):
@@ -148,7 +148,7 @@ fn never_above_nearest_and_well_below_it() {
     let f = Factor::new(&hessian(n, 2), 1, n, 0.01).unwrap();
     let w = values(70 * n, 6);
     for ty in GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some()) {
-        let r = round(ty, &w, &w, &f).unwrap();
+        let r = round(ty.into(), &w, &w, &f).unwrap();
         let own = error(&f, &r.values, &w);
         let (_, plain) = nearest(ty, &w, &f).unwrap();
         let plain = error(&f, &plain, &w);
@@ -156,6 +156,29 @@ fn never_above_nearest_and_well_below_it() {
         assert!((plain / r.nearest - 1.0).abs() < 1e-3, "{ty}");
         eprintln!("{ty}: {:.3} of nearest, {} rows", own / plain, r.rows_nearest);
         assert!(own < 0.9 * plain, "{ty}: {own} of {plain}");
+    }
+}
+
+/// Every block of a row has the row's scale, of GPTQ and of nearest rounding, and GPTQ is well below it.
+#[test]
+fn rows_can_have_one_scale() {
+    let n = 512;
+    let f = Factor::new(&hessian(n, 2), 1, n, 0.01).unwrap();
+    let w = values(70 * n, 6);
+    for ty in [GgmlType::Q4_0, GgmlType::Q5_0, GgmlType::Q8_0, GgmlType::IQ4_NL] {
+        let r = round(super::matrix::Form { ty, row_scales: true }, &w, &w, &f).unwrap();
+        let heads = |bytes: &[u8]| -> Vec<u16> {
+            bytes.chunks_exact(ty.block_bytes()).map(|b| crate::formats::grid::head(ty, b).d).collect()
+        };
+        for bytes in [&r.bytes, &r.plain] {
+            let all = heads(bytes);
+            assert!(all.chunks(n / 32).all(|row| row.iter().all(|d| *d == row[0])), "{ty}");
+            assert!(all.iter().any(|d| *d != all[0]), "{ty}: rows differ");
+        }
+        assert_eq!(r.rows_nearest, 0, "{ty}");
+        assert!(r.error < 0.9 * r.nearest, "{ty}: {} of {}", r.error, r.nearest);
+        let blocks = round(ty.into(), &w, &w, &f).unwrap();
+        assert!(blocks.error < r.error, "{ty}: blocks have more to choose");
     }
 }
 
@@ -168,7 +191,9 @@ fn threads_and_instruction_sets_change_nothing() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let all = GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some());
         pool.install(|| {
-            crate::formats::simd::with_isa(isa, || all.map(|t| round(t, &w, &w, &f).unwrap().bytes).collect::<Vec<_>>())
+            crate::formats::simd::with_isa(isa, || {
+                all.map(|t| round(t.into(), &w, &w, &f).unwrap().bytes).collect::<Vec<_>>()
+            })
         })
     };
     let isa = crate::formats::simd::isa();
@@ -208,7 +233,7 @@ fn without_correlation_no_row_is_worse_than_with_ggml() {
         .collect();
     let types = GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some());
     for ty in types {
-        let own = round(ty, &w, &w, &f).unwrap();
+        let own = round(ty.into(), &w, &w, &f).unwrap();
         let (_, plain) = nearest(ty, &w, &f).unwrap();
         let by_row = |v: &[f32], r: usize| -> f64 {
             let e = |j: usize| f64::from(f.h[j * n + j]) * f64::from(v[r * n + j] - w[r * n + j]).powi(2);

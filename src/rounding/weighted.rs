@@ -5,38 +5,39 @@
 
 use super::fit::DAMPING;
 use super::levels::{AnyLevels, Levels};
-use super::search;
+use super::matrix::Form;
+use super::search::{self, Head};
 use crate::formats::grid::{self, Grid, Parts};
 use crate::formats::{self, FormatError};
 use crate::forward::kernels::vectorized;
-use crate::gguf::GgmlType;
 
 /// Nearest rounding of `rows` of `n` values: with the search of this module where that is asked for, there are weights and the type
 /// has a grid; as ggml does otherwise.
 pub fn nearest(
-    ty: GgmlType,
+    form: Form,
     rows: &[f32],
     n: usize,
     weights: Option<&[f32]>,
     search: bool,
     out: &mut [u8],
 ) -> Result<(), FormatError> {
-    if search && weights.is_some_and(|w| encode(ty, rows, w, out)) {
+    if let (true, Some(w), Some(g)) = (search, weights, form.grid())
+        && encode(&g, rows, w, out)
+    {
         return Ok(());
     }
-    formats::format(ty).expect("the plan holds only types that can be encoded").encode(rows, n, weights, out)
+    formats::format(form.ty).expect("the plan holds only types that can be encoded").encode(rows, n, weights, out)
 }
 
-/// Rounds `rows` of `weights.len()` values to blocks of `ty`; false, and nothing done, where the type has no grid.
-pub fn encode(ty: GgmlType, rows: &[f32], weights: &[f32], out: &mut [u8]) -> bool {
-    let Some(g) = Grid::of(ty) else { return false };
+/// Rounds `rows` of `weights.len()` values to blocks of `g`; false, and nothing done, where no weight is above zero.
+pub fn encode(g: &Grid, rows: &[f32], weights: &[f32], out: &mut [u8]) -> bool {
     let mean = weights.iter().map(|w| f64::from(*w)).sum::<f64>() / weights.len().max(1) as f64;
     if !(mean.is_finite() && mean > 0.0) {
         return false;
     }
     let add = (DAMPING * mean) as f32;
     let weights: Vec<f32> = weights.iter().map(|w| w + add).collect();
-    encode_rows(&g, &AnyLevels::of(g.levels), rows, &weights, out);
+    encode_rows(g, &AnyLevels::of(g.levels), rows, &weights, out);
     true
 }
 
@@ -54,9 +55,16 @@ vectorized! {
 fn blocks<L: Levels>(g: &Grid, l: L, rows: &[f32], weights: &[f32], out: &mut [u8]) {
     let mut codes = [0u8; 256];
     let codes = &mut codes[..g.block];
-    let weights = weights.chunks_exact(g.block).cycle();
-    for ((x, w), out) in rows.chunks_exact(g.block).zip(weights).zip(out.chunks_exact_mut(g.ty.block_bytes())) {
-        let head = search::search(g, l, x, w);
+    let parts = weights.chunks_exact(g.block).cycle();
+    let mut shared = Head::default();
+    for (i, ((x, w), out)) in
+        rows.chunks_exact(g.block).zip(parts).zip(out.chunks_exact_mut(g.ty.block_bytes())).enumerate()
+    {
+        let at = i * g.block;
+        if g.row && at.is_multiple_of(weights.len()) {
+            shared = search::row(l, &rows[at..at + weights.len()], weights);
+        }
+        let head = if g.row { shared } else { search::search(g, l, x, w) };
         for sub in 0..g.subs() {
             let (scale, offset) = head.line(g, sub);
             let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
@@ -73,6 +81,7 @@ fn blocks<L: Levels>(g: &Grid, l: L, rows: &[f32], weights: &[f32], out: &mut [u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gguf::GgmlType;
     use crate::linalg::tests::values;
 
     /// Never a larger weighted error than ggml's search, on any block of any type, and a smaller one on the whole.
@@ -87,7 +96,7 @@ mod tests {
             let format = crate::formats::format(ty).unwrap();
             let mut theirs = vec![0u8; x.len() / ty.block_len() * ty.block_bytes()];
             let mut ours = theirs.clone();
-            assert!(encode(ty, &x, &importance, &mut ours));
+            assert!(encode(&Grid::of(ty).unwrap(), &x, &importance, &mut ours));
             format.validate(&ours).unwrap();
             // what ggml makes of each block by itself, with the same weights
             let weights = damped.chunks_exact(ty.block_len()).cycle();
@@ -109,8 +118,7 @@ mod tests {
             let searched = !matches!(ty, GgmlType::Q8_0 | GgmlType::TQ1_0 | GgmlType::TQ2_0);
             assert!(!searched || own < 0.995 * other, "{ty}: {own} {other}");
         }
-        assert!(!encode(GgmlType::IQ2_S, &[0.0; 256], &[1.0; 256], &mut [0; 82]));
-        assert!(!encode(GgmlType::Q4_0, &[0.0; 32], &[0.0; 32], &mut [0; 18]));
+        assert!(!encode(&Grid::of(GgmlType::Q4_0).unwrap(), &[0.0; 32], &[0.0; 32], &mut [0; 18]));
     }
 
     #[test]
@@ -119,10 +127,10 @@ mod tests {
         for ty in [GgmlType::Q4_K, GgmlType::Q4_0, GgmlType::IQ4_XS] {
             let mut one = vec![0u8; 512 / ty.block_len() * ty.block_bytes()];
             let mut two = one.clone();
-            encode(ty, &x[..256], &w, &mut one[..256 / ty.block_len() * ty.block_bytes()]);
+            encode(&Grid::of(ty).unwrap(), &x[..256], &w, &mut one[..256 / ty.block_len() * ty.block_bytes()]);
             let half = 256 / ty.block_len() * ty.block_bytes();
-            encode(ty, &x[256..], &w, &mut one[half..]);
-            encode(ty, &x, &w, &mut two);
+            encode(&Grid::of(ty).unwrap(), &x[256..], &w, &mut one[half..]);
+            encode(&Grid::of(ty).unwrap(), &x, &w, &mut two);
             assert_eq!(one, two, "{ty}: in any portions");
         }
     }

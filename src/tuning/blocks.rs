@@ -173,6 +173,9 @@ impl Blocks {
             }
         }
         let moments = if target.is_some() { codes.len() } else { 0 };
+        // rows that have one scale keep the one that they have
+        let by_row = columns > grid.block && d.chunks(columns / grid.block).all(|d| d.iter().all(|v| *v == d[0]));
+        let grid = if by_row { grid.by_row().unwrap_or(grid) } else { grid };
         Some(Blocks {
             levels,
             columns,
@@ -210,7 +213,7 @@ impl Blocks {
             table,
             scales,
             offset_hi,
-            frozen: self.grid.scales == Scales::E8M0,
+            frozen: self.grid.scales == Scales::E8M0 || self.grid.row,
         }
     }
 
@@ -426,7 +429,7 @@ fn step<L: Levels>(g: &Grid, l: L, spacing: f32, row: &mut Row<'_>, dw: &[f32], 
                 move_one(&mut row.offsets, at, -line.m * all, a);
             }
         }
-        if g.scales != Scales::E8M0 {
+        if g.scales != Scales::E8M0 && !g.row {
             move_one(&mut row.d, b, slope_d, a);
         }
         if !row.m[0].is_empty() {
