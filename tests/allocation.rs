@@ -1,14 +1,17 @@
-//! What types cost a dense model: the gain of GPTQ tensor by tensor, where rounding has it; and the second moment of the head's input.
+//! What types cost: the gain of GPTQ tensor by tensor, where rounding has it; the second moment of the head's input; what is measured.
 
 use std::path::{Path, PathBuf};
 
 use ostq_convert::allocation::costs::{self, TensorCosts};
+use ostq_convert::allocation::measured;
 use ostq_convert::forward::backward::{Labels, Windows, fisher_of};
 use ostq_convert::forward::run::Head;
 use ostq_convert::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner};
 use ostq_convert::gguf::GgmlType;
 use ostq_convert::plan::{Input, Options, Recipe};
 use ostq_convert::rounding::run::weighs_embedding;
+use ostq_convert::tuning::engine::{Engine, Processor};
+use ostq_convert::tuning::student::{Rounded, Student};
 
 const LENGTH: usize = 16;
 
@@ -136,4 +139,48 @@ fn the_heads_input_is_summed_where_the_loss_counts() {
             assert!((got - wanted).abs() < 1e-5 * (1.0 + wanted.abs()), "{i} {j}: {got} {wanted}");
         }
     }
+}
+
+/// Each tensor alone, rounded to a type that does not ask for importance, against the loss of a student that has it: what is
+/// measured, and what it does to costs.
+#[test]
+fn measured_costs_are_those_of_a_model_with_one_rounded_tensor() {
+    let (path, input) = fixture();
+    let model = Model::new(&path, &*input.source, &input.metadata).unwrap();
+    let tokens = tokens();
+    let ty = GgmlType::MXFP4;
+    let names = ["token_embd.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight", "blk.0.attn_q.weight"];
+    let mut wanted = Vec::new();
+    for name in names {
+        let index = input.source.tensors().iter().position(|t| t.name == name).unwrap();
+        let t = &input.source.tensors()[index];
+        let mut x = vec![0f32; t.elements() as usize];
+        input.source.read_rows(index, 0..t.rows(), &mut x);
+        let mut bytes = vec![0; x.len() / 32 * ty.block_bytes()];
+        ostq_convert::formats::format(ty).unwrap().encode(&x, t.row_len() as usize, None, &mut bytes).unwrap();
+        let rounded = [(name.to_string(), Rounded { ty, bytes })].into();
+        let student = Student::new(&model, &rounded, 0, false).unwrap();
+        wanted.push(Processor::new(&model, student, LENGTH, 4).unwrap().loss(&tokens).unwrap());
+    }
+    // predicted: three times too much, a hundredth, right, right
+    let by = [3.0, 0.01, 1.0, 1.0];
+    let mut costs: Vec<TensorCosts> = names
+        .iter()
+        .zip(wanted.iter().zip(by))
+        .map(|(name, (kld, by))| {
+            let choice = |cost| costs::Choice { ty: ty.name().into(), bytes: 1, cost, nearest: kld * by };
+            TensorCosts { name: name.to_string(), choices: vec![choice(7.0), choice(1.0)] }
+        })
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    let (path, metadata, state) = (&*path, &input.metadata, dir.path());
+    let job = measured::Job { path, model: &model, metadata, tokens: &tokens, length: LENGTH, batch: 4, state };
+    let found = measured::run(&job, &mut costs, &[1; 4], &mut |_, _| {}).unwrap();
+    for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+        let found = found.unwrap();
+        assert!((found / wanted - 1.0).abs() < 1e-3, "{}: {found} {wanted}", names[i]);
+        let factor = [1.0 / 3.0, 4.0, 1.0, 1.0][i];
+        assert!((costs[i].choices[0].cost / (7.0 * factor) - 1.0).abs() < 1e-3, "{}", names[i]);
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left on disk");
 }

@@ -96,6 +96,7 @@ fn what_cannot_be_asked_for_is_refused() {
     run(&["--exact", "--row-scales", "--calibrate", &text]).exits(2).says("--exact");
     run(&["--like", "q4_k_m"]).exits(2).says("needs --calibrate");
     run(&["--like", "q4_k_m", "--exact", "--calibrate", &text]).exits(2).says("--exact");
+    run(&["--measure", "--calibrate", &text]).exits(2).says("--target-size");
     run(&["--target-bpw=0", "--calibrate", &text]).exits(2).says("--target-bpw");
     run(&["--mix", "own"]).exits(2).says("not stock");
     run(&["--mix", "stock", "--like", "q4_k_m", "--calibrate", &text]).exits(2).says("--like");
@@ -117,9 +118,11 @@ fn an_allocation_keeps_to_its_size() {
     let mix = |ty: &str| convert(model.path(), &out, &["-t", ty, "--calibrate", &text, "--ctx", "64"], None).len();
     for ty in ["q2_k", "q4_k_m"] {
         let target = mix(ty);
-        let args = ["-t", ty, "--like", ty, "--calibrate", &text, "--ctx", "64"];
-        let got = convert(model.path(), &out, &args, None).len();
-        assert!(got <= target && got as f64 > 0.995 * target as f64, "{ty}: {got} of {target}");
+        for more in [&[][..], &["--measure"]] {
+            let args = [&["-t", ty, "--like", ty, "--calibrate", &text, "--ctx", "64"][..], more].concat();
+            let got = convert(model.path(), &out, &args, None).len();
+            assert!(got <= target && got as f64 > 0.995 * target as f64, "{ty} {more:?}: {got} of {target}");
+        }
     }
 }
 

@@ -47,6 +47,8 @@ pub struct Choice {
     pub bytes: u64,
     /// Predicted KL divergence; of a mixture of experts the relative error of the output.
     pub cost: f64,
+    /// The same of nearest rounding: without what GPTQ gains.
+    pub nearest: f64,
 }
 
 /// What a tensor can be.
@@ -142,7 +144,10 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
 /// Adds costs to those of the same tensor: parts of a fused weight, a head that is the embedding.
 fn add(all: &mut Vec<TensorCosts>, new: TensorCosts) {
     match all.iter_mut().find(|c| c.name == new.name) {
-        Some(old) => old.choices.iter_mut().zip(new.choices).for_each(|(a, b)| a.cost += b.cost),
+        Some(old) => old.choices.iter_mut().zip(new.choices).for_each(|(a, b)| {
+            a.cost += b.cost;
+            a.nearest += b.nearest;
+        }),
         None => all.push(new),
     }
 }
@@ -253,8 +258,8 @@ fn of_linear(
         Some(_) => 0.5 * if whole { squares[o] } else { mean },
     };
     let choices = types(job, name).iter().map(|&ty| {
-        let cost = gain(ty) * error(name, (&l.weight, n), ty, &importance, &h, weight)?;
-        Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost })
+        let nearest = error(name, (&l.weight, n), ty, &importance, &h, weight)?;
+        Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost: gain(ty) * nearest, nearest })
     });
     Ok(TensorCosts { name: name.clone(), choices: choices.collect::<Result<_, AllocationError>>()? })
 }
@@ -283,10 +288,9 @@ fn of_experts(job: &Job<'_>, l: usize, collected: &Collector) -> Result<Vec<Tens
         }
     }
     let costs = sums.map(|(name, energy, errors)| {
-        let choice = |(&ty, error): (&GgmlType, f64)| Choice {
-            ty: ty.name().into(),
-            bytes: bytes(job, &name, ty),
-            cost: error / energy.max(f64::MIN_POSITIVE),
+        let choice = |(&ty, error): (&GgmlType, f64)| {
+            let cost = error / energy.max(f64::MIN_POSITIVE);
+            Choice { ty: ty.name().into(), bytes: bytes(job, &name, ty), cost, nearest: cost }
         };
         let choices = types(job, &name).iter().zip(errors).map(choice).collect();
         TensorCosts { name, choices }
@@ -325,8 +329,8 @@ fn embedding(
     };
     let weight = |v: usize| scale * often(v);
     let choices = types(job, name).iter().map(|&ty| {
-        let cost = gain(ty) * error(name, (&table, n), ty, &ones, &g, weight)?;
-        Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost })
+        let nearest = error(name, (&table, n), ty, &ones, &g, weight)?;
+        Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost: gain(ty) * nearest, nearest })
     });
     Ok(TensorCosts { name: name.into(), choices: choices.collect::<Result<_, AllocationError>>()? })
 }

@@ -1,10 +1,11 @@
 //! Allocation: which tensor gets which type, for a file of a given size.
 //!
 //! [`costs`] predicts what each type costs each tensor in KL divergence, from one backward pass and the second moments of
-//! the inputs. [`knapsack`] chooses one type for each tensor so that the sum is least and the bytes stay under the target.
+//! the inputs; [`measured`] corrects that, one rounded tensor at a time. [`knapsack`] chooses one type for each tensor so that the sum is least and the bytes stay under the target.
 
 pub mod costs;
 pub mod knapsack;
+pub mod measured;
 
 pub use costs::{Choice, TensorCosts};
 

@@ -9,11 +9,13 @@ use super::args::ConvertArgs;
 use super::calibrate::{Prepared, pool};
 use super::steps::Steps;
 use super::{Failure, REFUSED, USAGE, print, words};
-use crate::allocation::{AllocationError, TensorCosts, costs, knapsack};
+use crate::allocation::{AllocationError, TensorCosts, costs, knapsack, measured};
 use crate::calibration::{fingerprint, windows};
+use crate::forward::Model;
 use crate::forward::backward::SAMPLE;
 use crate::gguf::GgmlType;
-use crate::plan::{Budget, Input, Options, Plan, Rounding};
+use crate::plan::memory::human;
+use crate::plan::{Budget, Input, Options, Plan, Recipe, Rounding};
 
 /// Windows of the second moments.
 const WINDOWS: usize = 64;
@@ -37,6 +39,8 @@ struct Kept {
     gptq: bool,
     candidates: Vec<(String, Vec<String>)>,
     costs: Vec<TensorCosts>,
+    /// The choices that were measured; none: costs are predicted.
+    picks: Vec<usize>,
 }
 
 /// Types of tensors that an allocation chooses among.
@@ -85,11 +89,8 @@ pub fn apply(
         (Budget::Like(_), Some(mix)) => mix.layout.file_size,
         (Budget::Like(_), None) => plan.layout.file_size,
     };
-    let Predicted { costs, unit } = predicted(args, options, input, plan, state)?;
-    let options_of = |c: &TensorCosts| -> Vec<knapsack::Candidate> {
-        c.choices.iter().map(|c| knapsack::Candidate { bytes: c.bytes, cost: c.cost }).collect()
-    };
-    let tensors: Vec<Vec<knapsack::Candidate>> = costs.iter().map(options_of).collect();
+    let Predicted { mut costs, unit } = predicted(args, options, input, plan, state)?;
+    let mut tensors = candidates_of(&costs);
     let free: u64 = plan.tensors.iter().filter(|t| costs.iter().any(|c| c.name == t.name)).map(|t| t.bytes).sum();
     // header, tensors that keep their type, and the padding of each tensor
     let rest = plan.layout.file_size - free + 32 * costs.len() as u64;
@@ -104,6 +105,12 @@ pub fn apply(
         }
         return Err(Failure::new(USAGE, e));
     };
+    let mut picks = picks;
+    if options.recipe.measure {
+        costs = measured(args, options, input, costs, &picks, state)?;
+        tensors = candidates_of(&costs);
+        picks = knapsack::solve(&tensors, cap).expect("the sizes are the same");
+    }
     let types: BTreeMap<String, GgmlType> = costs
         .iter()
         .zip(&picks)
@@ -114,6 +121,109 @@ pub fn apply(
     }
     plan.retype(&types).map_err(|e| Failure::new(REFUSED, e))?;
     Ok(())
+}
+
+/// What the sum is minimised over.
+fn candidates_of(costs: &[TensorCosts]) -> Vec<Vec<knapsack::Candidate>> {
+    let choices =
+        |c: &TensorCosts| c.choices.iter().map(|c| knapsack::Candidate { bytes: c.bytes, cost: c.cost }).collect();
+    costs.iter().map(choices).collect()
+}
+
+/// Windows that [`measured`] runs each tensor on.
+const MEASURED: usize = 8;
+
+/// The costs, corrected by what rounding each tensor to its pick does to the model; from the state folder if they are there.
+fn measured(
+    args: &ConvertArgs,
+    options: &Options,
+    input: &Input,
+    mut costs: Vec<TensorCosts>,
+    picks: &[usize],
+    state: &Path,
+) -> Result<Vec<TensorCosts>, Failure> {
+    let path = args.input.as_deref().expect("required by the parser");
+    let length = options.recipe.ctx.unwrap_or(512) as usize;
+    let prepared = Prepared::new((path, input), &request(args, &options.recipe, state, length))?;
+    let (model, all) = (&prepared.model, &prepared.tokens);
+    let tokens = &all[..all.len().min(MEASURED * length)];
+    let mut kept = Kept { picks: picks.to_vec(), ..Kept::new(options, model, tokens, &[]) };
+    let file = state.join("measured.json");
+    if let Some(found) = kept.found(&file) {
+        return Ok(found);
+    }
+    if !args.quiet {
+        let (n, disk) = (costs.len(), human(measured::disk(model, tokens.len())));
+        print::stderr(&format!(
+            "allocation: measuring {n} tensors on {} tokens; {disk} on disk meanwhile",
+            tokens.len()
+        ));
+    }
+    let before: f64 = costs.iter().zip(picks).map(|(c, &p)| c.choices[p].nearest).sum();
+    let metadata = &input.metadata;
+    let job = measured::Job { path, model, metadata, tokens, length, batch: BATCH, state };
+    let mut steps = Steps::new("tensor", costs.len(), args.quiet);
+    let pool = pool(args.threads())?;
+    let found =
+        pool.install(|| measured::run(&job, &mut costs, picks, &mut |done, _| steps.done(done))).map_err(failed)?;
+    steps.finish();
+    if !args.quiet {
+        let sum: f64 = found.iter().flatten().sum();
+        let none = found.iter().filter(|f| f.is_none()).count();
+        let few = if none > 0 { format!("; {none} too small to tell") } else { String::new() };
+        print::stderr(&format!("measured: {sum:.5} in all, rounded to nearest one by one; {before:.5} predicted{few}"));
+    }
+    kept.costs = costs;
+    kept.save(&file)?;
+    Ok(kept.costs)
+}
+
+fn failed(e: AllocationError) -> Failure {
+    match e {
+        AllocationError::Forward(e) => e.into(),
+        e => Failure::new(REFUSED, e),
+    }
+}
+
+fn request<'a>(args: &ConvertArgs, recipe: &'a Recipe, state: &'a Path, length: usize) -> words::Request<'a> {
+    words::Request {
+        words: &recipe.calibrate,
+        length,
+        // as much as the rounding behind it takes, which finds it written
+        limit: Some(super::round::windows(recipe)),
+        threads: args.threads(),
+        max_memory: args.max_memory,
+        state,
+        quiet: args.quiet,
+    }
+}
+
+impl Kept {
+    fn new(options: &Options, model: &Model<'_>, tokens: &[u32], candidates: &[(String, Vec<GgmlType>)]) -> Kept {
+        let names = |t: &[GgmlType]| t.iter().map(|t| t.name().to_string()).collect();
+        Kept {
+            version: env!("CARGO_PKG_VERSION").into(),
+            fingerprint: fingerprint::fingerprint(model.source()),
+            text: windows::digest(tokens),
+            gptq: options.rounding == Rounding::Gptq,
+            candidates: candidates.iter().map(|(n, t)| (n.clone(), names(t))).collect(),
+            costs: Vec::new(),
+            picks: Vec::new(),
+        }
+    }
+
+    /// The costs that are in `file`, if all else is the same.
+    fn found(&self, file: &Path) -> Option<Vec<TensorCosts>> {
+        let found: Kept = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+        let same = (&found.version, &found.fingerprint, &found.text, found.gptq, &found.candidates, &found.picks)
+            == (&self.version, &self.fingerprint, &self.text, self.gptq, &self.candidates, &self.picks);
+        same.then_some(found.costs)
+    }
+
+    fn save(&self, file: &Path) -> Result<(), Failure> {
+        let text = serde_json::to_vec(self).expect("plain data");
+        std::fs::write(file, text).map_err(|e| Failure::new(super::RESOURCE, format!("{}: {e}", file.display())))
+    }
 }
 
 /// What types cost.
@@ -134,40 +244,16 @@ fn predicted(
     let path = args.input.as_deref().expect("required by the parser");
     let recipe = &options.recipe;
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let request = words::Request {
-        words: &recipe.calibrate,
-        length,
-        // as much as the rounding behind it takes, which finds it written
-        limit: Some(super::round::windows(recipe)),
-        threads: args.threads(),
-        max_memory: args.max_memory,
-        state,
-        quiet: args.quiet,
-    };
-    let prepared = Prepared::new((path, input), &request)?;
+    let prepared = Prepared::new((path, input), &request(args, recipe, state, length))?;
     let (model, all) = (&prepared.model, &prepared.tokens);
     let tokens = &all[..all.len().min(WINDOWS * length)];
     let backward = if model.spec.has_backward() { SAMPLE.min(tokens.len() / length) } else { 0 };
     let unit = if backward > 0 { "predicted KLD" } else { "sum of relative errors" };
     let candidates = candidates(plan, input, options);
-    let mut kept = Kept {
-        version: env!("CARGO_PKG_VERSION").into(),
-        fingerprint: fingerprint::fingerprint(model.source()),
-        text: windows::digest(tokens),
-        gptq: options.rounding == Rounding::Gptq,
-        candidates: candidates
-            .iter()
-            .map(|(n, t)| (n.clone(), t.iter().map(|t| t.name().to_string()).collect()))
-            .collect(),
-        costs: Vec::new(),
-    };
+    let mut kept = Kept::new(options, model, tokens, &candidates);
     let file = state.join("allocation.json");
-    let found: Option<Kept> = std::fs::read(&file).ok().and_then(|b| serde_json::from_slice(&b).ok());
-    if let Some(found) = found
-        && (&found.version, &found.fingerprint, &found.text, found.gptq, &found.candidates)
-            == (&kept.version, &kept.fingerprint, &kept.text, kept.gptq, &kept.candidates)
-    {
-        return Ok(Predicted { costs: found.costs, unit });
+    if let Some(costs) = kept.found(&file) {
+        return Ok(Predicted { costs, unit });
     }
     if !args.quiet {
         print::stderr(&format!(
@@ -189,15 +275,11 @@ fn predicted(
         .install(|| {
             costs::run(&job, &mut |done, all| steps.get_or_insert_with(|| Steps::new("step", all, quiet)).done(done))
         })
-        .map_err(|e| match e {
-            AllocationError::Forward(e) => e.into(),
-            e => Failure::new(REFUSED, e),
-        })?;
+        .map_err(failed)?;
     if let Some(s) = steps {
         s.finish();
     }
-    let text = serde_json::to_vec(&kept).expect("plain data");
-    std::fs::write(&file, text).map_err(|e| Failure::new(super::RESOURCE, format!("{}: {e}", file.display())))?;
+    kept.save(&file)?;
     Ok(Predicted { costs: kept.costs, unit })
 }
 

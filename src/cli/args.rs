@@ -70,6 +70,10 @@ pub struct ConvertArgs {
     /// The same for the size of this type's mix.
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     like: Option<String>,
+    /// With a size: what each tensor costs is measured as well, each rounded alone and the model run from its layer on; then types
+    /// are allocated once more.
+    #[arg(long, help_heading = "Types")]
+    measure: bool,
     /// Types of the tensors as llama.cpp's mix has them (`stock`), which is what happens without a size.
     #[arg(long, value_name = "MIX", help_heading = "Types", conflicts_with_all = ["target_size", "target_bpw", "like"])]
     mix: Option<String>,
@@ -365,6 +369,7 @@ impl ConvertArgs {
             target_size: self.target_size,
             target_bpw: self.target_bpw,
             like: self.like.clone(),
+            measure: self.measure,
             mix: self.mix.clone(),
             types: self.types.clone(),
             include_weights: self.include_weights.clone(),

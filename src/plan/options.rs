@@ -181,6 +181,9 @@ impl Options {
             (None, None, None) => None,
             _ => return Err("--target-size, --target-bpw and --like exclude each other".into()),
         };
+        if r.measure && budget.is_none() {
+            return Err("--measure goes with --target-size, --target-bpw or --like".into());
+        }
         match &r.mix {
             Some(mix) if !mix.eq_ignore_ascii_case("stock") => return Err(format!("--mix: `{mix}` is not stock")),
             Some(_) if budget.is_some() => {

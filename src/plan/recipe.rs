@@ -65,6 +65,9 @@ pub struct Recipe {
     /// The same: the size of this mix.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
+    /// Costs of an allocation are measured, not only predicted.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub measure: bool,
     /// `stock`: llama.cpp's own mix, no allocation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mix: Option<String>,
@@ -177,7 +180,7 @@ impl Recipe {
         } else if imatrix_over {
             self.calibrate.clear();
         }
-        or!(exact one_pass row_scales leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
+        or!(exact measure one_pass row_scales leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
         extend!(tensor_type types calibrate tune_text include_weights exclude_weights override_kv prune_layers);
         self

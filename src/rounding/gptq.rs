@@ -22,7 +22,7 @@ pub const PANEL: usize = 256;
 pub struct Tile {
     pub rows: usize,
     pub n: usize,
-    /// `[n, rows]`: the weights, column by column; after [`gptq_tile`] as the errors moved them.
+    /// `[n, rows]`: the weights, column by column; spent by [`gptq_tile`].
     pub w: Vec<f32>,
     /// `[rows, n]`.
     pub codes: Vec<u8>,
