@@ -68,7 +68,7 @@ PYTHON
 timed() {
     local name=$1 start end
     shift
-    touch_memory
+    touch_memory 2>"$logs/touch" || true # needs Python 3.10
     start=$EPOCHREALTIME
     if [ -x /usr/bin/time ]; then
         /usr/bin/time -o "$logs/rss" -f %M "$@" >"$logs/out" 2>&1 || { cat "$logs/out" >&2; exit 1; }

@@ -78,11 +78,12 @@ if [ -z "$RESULTS" ]; then
     trap 'rm -f "$RESULTS"' EXIT
 fi
 touch "$RESULTS"
+failed=0
 for type in "$@"; do
     for preset in $presets; do
         grep -q "^$preset $type " "$RESULTS" || echo "$preset $type"
     done
-done | xargs -P "${JOBS:-1}" -L 1 "$0" --cell || echo "some cells were not made" >&2
+done | xargs -r -P "${JOBS:-1}" -L 1 "$0" --cell || failed=1
 
 printf '| preset |' && printf ' %s |' "$@" && printf '\n|---|' && printf -- '---|%.0s' "$@" && printf '\n'
 for preset in $presets; do
@@ -92,3 +93,4 @@ for preset in $presets; do
     done
     printf '\n'
 done
+[ "$failed" = 0 ] || { echo "some cells were not made" >&2; exit 1; }

@@ -163,27 +163,40 @@ fn a_trained_model_comes_out_nearer() {
 }
 
 /// A conversion that rounds says at its end what it came to, type by type; the numbers are those of `inspect`.
-/// One scale for each row, however it is rounded and after tuning.
+/// One scale for each row in every tensor, however it is rounded and after tuning; refused where a type has none.
 #[test]
 fn rows_keep_one_scale() {
     let dir = tempfile::tempdir().unwrap();
-    let (input, out, text) = (fixture("tiny"), dir.path().join("a.gguf"), text(dir.path()));
-    let base = ["-t", "q4_0", "--pure", "--row-scales", "--calibrate", &text, "--ctx", "64"];
+    let (out, text) = (dir.path().join("a.gguf"), text(dir.path()));
+    let model = Checkpoint::sized(256, 512, 1);
     let mut files = Vec::new();
-    for more in [&[][..], &["--rounding", "nearest"], &["--tune", "2"]] {
-        files.push(convert(&input, &out, &[&base[..], more].concat(), None));
+    let ways: [(&str, GgmlType, &[&str]); 4] = [
+        ("q4_0", GgmlType::Q4_0, &[]),
+        ("q4_0", GgmlType::Q4_0, &["--rounding", "nearest"]),
+        ("q4_0", GgmlType::Q4_0, &["--tune", "2"]),
+        ("q8_0", GgmlType::Q8_0, &["--rounding", "nearest"]),
+    ];
+    for (name, ty, more) in ways {
+        let base = ["-t", name, "--pure", "--row-scales", "--calibrate", &text, "--ctx", "64"];
+        files.push(convert(model.path(), &out, &[&base[..], more].concat(), None));
         let bytes = files.last().unwrap();
-        let mut seen = 0;
-        for t in gguf::read(bytes).unwrap().tensors.iter().filter(|t| t.ty == GgmlType::Q4_0) {
-            let row = t.dims[0] as usize / 32 * 18;
-            for row in bytes[t.offset as usize..][..t.bytes as usize].chunks(row) {
-                assert!(row.chunks(18).all(|b| b[..2] == row[..2]), "{} {more:?}", t.name);
+        let tensors = gguf::read(bytes).unwrap().tensors;
+        assert!(tensors.iter().filter(|t| t.dims.len() == 2).all(|t| t.ty == ty));
+        for t in tensors.iter().filter(|t| t.ty == ty) {
+            let blocks = t.dims[0] as usize / 32 * ty.block_bytes();
+            for row in bytes[t.offset as usize..][..t.bytes as usize].chunks(blocks) {
+                assert!(row.chunks(ty.block_bytes()).all(|b| b[..2] == row[..2]), "{} {more:?}", t.name);
             }
-            seen += 1;
         }
-        assert!(seen > 4);
     }
     assert!(files[0] != files[1] && files[0] != files[2]);
+    let refused = |args: &[&str]| {
+        let all =
+            [&[model.path().to_str().unwrap(), out.to_str().unwrap(), "-q", "--force", "--row-scales"], args].concat();
+        program::run(all).exits(2)
+    };
+    refused(&["-t", "q4_k_m", "--calibrate", &text, "--ctx", "64"]).says("no scale by row");
+    refused(&["-t", "q4_0", "--like", "q4_0", "--calibrate", &text, "--ctx", "64"]).says("target size");
 }
 
 #[test]

@@ -48,6 +48,17 @@ pub fn disk(model: &Model<'_>, tokens: usize) -> u64 {
     ((model.spec.layers + 3) * tokens * model.spec.embed * 4) as u64
 }
 
+/// Bytes of memory that it takes, with `batch` tokens going through a layer together.
+pub fn memory(model: &Model<'_>, tokens: usize, batch: usize) -> u64 {
+    let (tensors, n) = (model.source().tensors(), model.spec.embed);
+    let largest = tensors.iter().map(SourceTensor::elements).max().unwrap_or(0);
+    let table = (model.vocab * n) as u64;
+    let logits = 2 * 512 * model.vocab as u64;
+    // the rounded tensor, the other model's head and the float one's, streams, a layer at work
+    let values = largest + table + table.min(1 << 28) + logits + 3 * (tokens * n) as u64;
+    4 * values + 2 * model.layer_bytes() + Runner::batch_bytes(model, batch) + (96 << 20)
+}
+
 /// Multiplies the costs of each tensor by what its choice `picks` costs, measured by predicted. `step` is told how many of how many
 /// tensors are done. Returns the measured divergence of each, where there is one.
 pub fn run(
@@ -65,7 +76,13 @@ pub fn run(
     let mut found = Vec::new();
     let all = costs.len();
     for (i, (costs, &pick)) in costs.iter_mut().zip(picks).enumerate() {
-        let choice = &costs.choices[pick];
+        // where the pick costs nothing, the smallest choice says more
+        let smallest = || costs.choices.iter().filter(|c| c.nearest > 0.0).min_by_key(|c| c.bytes);
+        let picked = Some(&costs.choices[pick]).filter(|c| c.nearest > 0.0);
+        let Some(choice) = picked.or_else(smallest) else {
+            found.push(None);
+            continue;
+        };
         let ty = GgmlType::from_name(&choice.ty).expect("a choice is a type");
         let index = model.source().tensors().iter().position(|t| t.name == costs.name).expect("a tensor of the model");
         let values = rounded(model.source(), index, ty, float.importance.get(&costs.name))?;
@@ -90,11 +107,14 @@ pub fn run(
         a.read(0, &mut x)?;
         let weight = other.head(Activations::F32)?.weight;
         let kld = head.loss(&x, &float.last, &weight)? / job.tokens.len() as f64;
-        let told = kld > LEAST && choice.nearest > 0.0;
+        if !kld.is_finite() {
+            return Err(AllocationError::Measured { tensor: costs.name.clone(), ty: choice.ty.clone() });
+        }
+        let told = kld > LEAST;
         // of a mixture costs are in another unit: all must be measured
         let factor = match model.spec.has_backward() {
             true => told.then(|| (kld / choice.nearest).clamp(1.0 / MOST, MOST)),
-            false => (choice.nearest > 0.0).then(|| kld.max(LEAST) / choice.nearest),
+            false => Some(kld.max(LEAST) / choice.nearest),
         };
         if let Some(factor) = factor {
             costs.choices.iter_mut().for_each(|c| (c.cost, c.nearest) = (c.cost * factor, c.nearest * factor));
@@ -150,10 +170,7 @@ impl Float {
         for x in last.clone().chunks_mut(job.length * n) {
             head.input(x, &mut collect)?;
         }
-        // an embedding that is the head is predicted without importance
-        if !model.tied() {
-            keep(&collect, &wanted);
-        }
+        keep(&collect, &wanted);
         Ok(Float { streams, last, importance, bytes })
     }
 }
@@ -167,20 +184,24 @@ fn rounded(
 ) -> Result<Vec<f32>, AllocationError> {
     let t = &source.tensors()[index];
     let (n, rows) = (t.row_len() as usize, t.rows() as usize);
-    let mut values = vec![0f32; rows * n];
-    source.read_rows(index, 0..t.rows(), &mut values);
-    source.release(index, 0..t.rows());
     let format = crate::formats::format(ty).expect("a type that can be encoded");
     let ones = vec![1f32; n];
-    let experts = importance.map_or(1, |i| i.len().max(1));
-    for (e, values) in values.chunks_mut(rows / experts * n).enumerate() {
+    let each = rows / importance.map_or(1, |i| i.len().max(1));
+    let mut values = vec![0f32; rows * n];
+    // whole rotary heads, of one expert
+    let step = ROWS.next_multiple_of(t.row_group.max(1) as usize);
+    for (e, values) in values.chunks_mut(each * n).enumerate() {
         let squares = importance.and_then(|i| i.get(e)).filter(|s| s.len() == n).unwrap_or(&ones);
-        values.par_chunks_mut(ROWS * n).try_for_each(|rows| {
-            let mut bytes = vec![0u8; rows.len() / ty.block_len() * ty.block_bytes()];
+        values.par_chunks_mut(step * n).enumerate().try_for_each(|(i, values)| {
+            let first = (e * each + i * step) as u64;
+            let own = first..first + (values.len() / n) as u64;
+            source.read_rows(index, own.clone(), values);
+            source.release(index, own);
+            let mut bytes = vec![0u8; values.len() / ty.block_len() * ty.block_bytes()];
             format
-                .encode(rows, n, Some(squares), &mut bytes)
+                .encode(values, n, Some(squares), &mut bytes)
                 .map_err(|source| AllocationError::Format { tensor: t.name.clone(), source })?;
-            format.decode(&bytes, rows);
+            format.decode(&bytes, values);
             Ok::<(), AllocationError>(())
         })?;
     }

@@ -26,6 +26,8 @@ pub enum AllocationError {
     Format { tensor: String, source: FormatError },
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },
+    #[error("tensor `{tensor}`: rounded to {ty} alone it makes predictions that are no numbers")]
+    Measured { tensor: String, ty: String },
     #[error("the smallest file that the allowed types give has {least} bytes, the target {target}")]
     TooSmall { least: u64, target: u64 },
 }

@@ -31,7 +31,7 @@ const DEFAULT: &[GgmlType] =
 const SMALL: &[GgmlType] = &[GgmlType::IQ4_NL, GgmlType::Q4_1, GgmlType::Q5_0, GgmlType::Q5_1, GgmlType::Q8_0];
 
 /// What was predicted, kept for a second run with the same text.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Kept {
     version: String,
     fingerprint: String,
@@ -39,8 +39,9 @@ struct Kept {
     gptq: bool,
     candidates: Vec<(String, Vec<String>)>,
     costs: Vec<TensorCosts>,
-    /// The choices that were measured; none: costs are predicted.
+    /// The choices that were measured, of these costs; none: costs are predicted.
     picks: Vec<usize>,
+    predicted: Vec<TensorCosts>,
 }
 
 /// Types of tensors that an allocation chooses among.
@@ -89,7 +90,7 @@ pub fn apply(
         (Budget::Like(_), Some(mix)) => mix.layout.file_size,
         (Budget::Like(_), None) => plan.layout.file_size,
     };
-    let Predicted { mut costs, unit } = predicted(args, options, input, plan, state)?;
+    let Predicted { mut costs, mut unit } = predicted(args, options, input, plan, state)?;
     let mut tensors = candidates_of(&costs);
     let free: u64 = plan.tensors.iter().filter(|t| costs.iter().any(|c| c.name == t.name)).map(|t| t.bytes).sum();
     // header, tensors that keep their type, and the padding of each tensor
@@ -108,6 +109,7 @@ pub fn apply(
     let mut picks = picks;
     if options.recipe.measure {
         costs = measured(args, options, input, costs, &picks, state)?;
+        unit = "measured KLD";
         tensors = candidates_of(&costs);
         picks = knapsack::solve(&tensors, cap).expect("the sizes are the same");
     }
@@ -131,7 +133,7 @@ fn candidates_of(costs: &[TensorCosts]) -> Vec<Vec<knapsack::Candidate>> {
 }
 
 /// Windows that [`measured`] runs each tensor on.
-const MEASURED: usize = 8;
+pub const MEASURED: usize = 8;
 
 /// The costs, corrected by what rounding each tensor to its pick does to the model; from the state folder if they are there.
 fn measured(
@@ -147,10 +149,17 @@ fn measured(
     let prepared = Prepared::new((path, input), &request(args, &options.recipe, state, length))?;
     let (model, all) = (&prepared.model, &prepared.tokens);
     let tokens = &all[..all.len().min(MEASURED * length)];
-    let mut kept = Kept { picks: picks.to_vec(), ..Kept::new(options, model, tokens, &[]) };
+    let mut kept = Kept::new(options, model, tokens, &[]);
+    (kept.picks, kept.predicted) = (picks.to_vec(), costs.clone());
     let file = state.join("measured.json");
     if let Some(found) = kept.found(&file) {
         return Ok(found);
+    }
+    let needed = measured::memory(model, tokens.len(), BATCH * length);
+    let room = super::round::room(args.max_memory);
+    if needed > room {
+        let why = format!("--measure needs {} of memory; {} are there", human(needed), human(room));
+        return Err(Failure::new(super::RESOURCE, why));
     }
     if !args.quiet {
         let (n, disk) = (costs.len(), human(measured::disk(model, tokens.len())));
@@ -171,7 +180,11 @@ fn measured(
         let sum: f64 = found.iter().flatten().sum();
         let none = found.iter().filter(|f| f.is_none()).count();
         let few = if none > 0 { format!("; {none} too small to tell") } else { String::new() };
-        print::stderr(&format!("measured: {sum:.5} in all, rounded to nearest one by one; {before:.5} predicted{few}"));
+        let predicted = match model.spec.has_backward() {
+            true => format!("; {before:.5} predicted"),
+            false => String::new(),
+        };
+        print::stderr(&format!("measured: {sum:.5} in all, rounded to nearest one by one{predicted}{few}"));
     }
     kept.costs = costs;
     kept.save(&file)?;
@@ -209,15 +222,15 @@ impl Kept {
             candidates: candidates.iter().map(|(n, t)| (n.clone(), names(t))).collect(),
             costs: Vec::new(),
             picks: Vec::new(),
+            predicted: Vec::new(),
         }
     }
 
     /// The costs that are in `file`, if all else is the same.
     fn found(&self, file: &Path) -> Option<Vec<TensorCosts>> {
         let found: Kept = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-        let same = (&found.version, &found.fingerprint, &found.text, found.gptq, &found.candidates, &found.picks)
-            == (&self.version, &self.fingerprint, &self.text, self.gptq, &self.candidates, &self.picks);
-        same.then_some(found.costs)
+        let key = |k: &Kept| serde_json::to_string(&Kept { costs: Vec::new(), ..k.clone() }).expect("plain data");
+        (key(&found) == key(self)).then_some(found.costs)
     }
 
     fn save(&self, file: &Path) -> Result<(), Failure> {

@@ -72,7 +72,7 @@ pub struct ConvertArgs {
     like: Option<String>,
     /// With a size: what each tensor costs is measured as well, each rounded alone and the model run from its layer on; then types
     /// are allocated once more.
-    #[arg(long, help_heading = "Types")]
+    #[arg(long, help_heading = "Types", conflicts_with = "time_budget")]
     measure: bool,
     /// Types of the tensors as llama.cpp's mix has them (`stock`), which is what happens without a size.
     #[arg(long, value_name = "MIX", help_heading = "Types", conflicts_with_all = ["target_size", "target_bpw", "like"])]

@@ -96,6 +96,12 @@ impl Work {
             + types * (self.weights + 2.0 * self.head) * 9e3 / self.rate
     }
 
+    /// Half of the layers, and the head for both models, for each tensor.
+    fn measuring(&self, spec: &Spec) -> f64 {
+        let (tensors, tokens) = (7.0 * spec.layers as f64, super::allocate::MEASURED as f64 * 512.0);
+        tensors * tokens * (0.5 * self.pass() + 4.0 * self.head) / (0.75 * self.rate)
+    }
+
     fn rounding(&self, tokens: f64, paths: f64) -> f64 {
         let flops = tokens * (paths * self.pass() + (2.0 * paths - 1.0) * self.squares);
         flops / (0.75 * self.rate) + (self.weights + self.head) * 2.5e5 / self.rate
@@ -126,7 +132,8 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     };
     Ok(Estimate {
         text: if own { work.text(missing) + if more > missing { work.text(more) } else { 0.0 } } else { 0.0 },
-        allocation: if allocates { work.allocation(7.0, dense) } else { 0.0 },
+        allocation: if allocates { work.allocation(7.0, dense) } else { 0.0 }
+            + if recipe.measure { work.measuring(&model.spec) } else { 0.0 },
         // an embedding that is the head as well is weighed by gradients
         rounding: work.rounding(tokens, paths) + if dense && tied { work.backward() } else { 0.0 },
         tuning: recipe

@@ -49,6 +49,14 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     }
     let keys = provenance::keys(&input, r, imatrix.as_ref(), transforms.as_deref());
     let mut plan = Plan::new(&input, &options, imatrix.as_ref(), keys.clone())?;
+    if r.row_scales {
+        let by_row = |ty| crate::formats::grid::Grid::of(ty).is_some_and(|g| g.by_row().is_some());
+        if let Some(t) = plan.tensors.iter().find(|t| t.ty.is_quantized() && !by_row(t.ty)) {
+            let why =
+                format!("--row-scales: `{}` is to be {}: there is no scale by row in it (try --pure)", t.name, t.ty);
+            return Err(Failure::new(super::USAGE, why));
+        }
+    }
     if calibrate {
         super::estimate::announce(args, r, &input, &plan, options.rounding)?;
     }

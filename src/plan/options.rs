@@ -181,6 +181,9 @@ impl Options {
             (None, None, None) => None,
             _ => return Err("--target-size, --target-bpw and --like exclude each other".into()),
         };
+        if r.row_scales && budget.is_some() {
+            return Err("--row-scales is for one type: it does not go with a target size".into());
+        }
         if r.measure && budget.is_none() {
             return Err("--measure goes with --target-size, --target-bpw or --like".into());
         }

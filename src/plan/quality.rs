@@ -66,6 +66,7 @@ impl Quality {
             || r.imatrix.is_some()
             || !r.calibrate.is_empty()
             || r.rounding.is_some()
+            || r.row_scales
             || r.outtype.is_some()
             || r.via.is_some()
             || r.vocab_only

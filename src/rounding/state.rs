@@ -141,6 +141,7 @@ pub fn forget(folder: &Path) {
                 "rounding.json"
                     | "rounding.json.new"
                     | "allocation.json"
+                    | "measured.json"
                     | "tuning.state"
                     | "tuning.new"
                     | "learning.state"

@@ -21,7 +21,18 @@ pub fn nearest(
     search: bool,
     out: &mut [u8],
 ) -> Result<(), FormatError> {
-    if let (true, Some(w), Some(g)) = (search, weights, form.grid())
+    let ones;
+    let grid = form.grid();
+    // one scale for each row is not ggml's to choose: where nothing is known of columns they weigh alike
+    let weights = match (weights.filter(|w| w.iter().any(|v| *v > 0.0)), &grid) {
+        (None, Some(g)) if g.row => {
+            ones = vec![1f32; n];
+            Some(&ones[..])
+        }
+        (weights, _) => weights,
+    };
+    if let (Some(w), Some(g)) = (weights, grid)
+        && (search || g.row)
         && encode(&g, rows, w, out)
     {
         return Ok(());
