@@ -12,8 +12,8 @@
 #   cp          the checkpoint's weights copied
 #
 # Repetitions are interleaved; before each run its input is read once, so that all read from the page cache, its old
-# output is removed, and free memory is touched, so that none waits for the host of a virtual machine to give it back. The columns "+sync" add `sync FILE` after the peer. Figures are medians. Rates are bytes read and
-# written together, by time. Tensors of the last repetition are compared (sha256 of each).
+# output is removed, and free memory is touched, so that none waits for the host of a virtual machine to give it back.
+# The columns "+sync" add `sync FILE` after the peer. Figures are medians. Rates are bytes read and written together, by time. Tensors of the last repetition are compared (sha256 of each).
 #
 # Environment: OSTQ_PEERS (default ~/.cache/ostq-peers; without its Python side the two steps are left out), OSTQ_BIN
 # (default: target/release/ostq-convert). Needs /usr/bin/time or python3 for the memory.

@@ -162,7 +162,6 @@ fn a_trained_model_comes_out_nearer() {
     assert!(gptq < 0.8 * nearest, "{gptq} of {nearest}");
 }
 
-/// A conversion that rounds says at its end what it came to, type by type; the numbers are those of `inspect`.
 /// One scale for each row in every tensor, however it is rounded and after tuning; refused where a type has none.
 #[test]
 fn rows_keep_one_scale() {
@@ -199,6 +198,7 @@ fn rows_keep_one_scale() {
     refused(&["-t", "q4_0", "--like", "q4_0", "--calibrate", &text, "--ctx", "64"]).says("target size");
 }
 
+/// A conversion that rounds says at its end what it came to, type by type; the numbers are those of `inspect`.
 #[test]
 fn a_conversion_ends_with_a_table_of_its_types() {
     let dir = tempfile::tempdir().unwrap();
