@@ -38,6 +38,8 @@ pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod convert;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod formats;
 pub mod forward;
 pub mod gguf;

@@ -13,6 +13,7 @@ use ostq_convert::forward::backward::layer::Slot;
 use ostq_convert::forward::layer::{FeedForward, Linear};
 use ostq_convert::forward::{Activations, Model, Runner, Simulation};
 use ostq_convert::gguf::{GgmlType, Metadata};
+use ostq_convert::learning::engine::Processor;
 use ostq_convert::learning::fake::Fake;
 use ostq_convert::learning::local;
 use ostq_convert::learning::maps::{Map, SCALES, Values, scales, scales_mut};
@@ -206,13 +207,14 @@ fn learn(
             None => columns.is_multiple_of(ty.block_len()).then_some(Fake::Type(ty)),
         }
     };
-    let mut network = Network::new(&model, &anatomy, &start, &fake, false).unwrap();
+    let network = Network::new(&model, &anatomy, &start, &fake, false).unwrap();
+    let mut engine = Processor::new(network, activations, LENGTH, settings.batch).unwrap();
     let (tokens, held_out) = ids.split_at(24 * LENGTH);
     let save_every = Duration::ZERO;
     let key = "a test".into();
-    let job = Job { model: &model, tokens, held_out, length: LENGTH, activations, settings, key, save_every, state };
+    let job = Job { tokens, held_out, length: LENGTH, settings, key, save_every, state };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    let (done, made) = pool.install(|| run::run(&job, &mut network, "mine", watch)).unwrap();
+    let (done, made) = pool.install(|| run::run(&job, &mut engine, "mine", watch)).unwrap();
     made.check(&anatomy).unwrap();
     assert!(off_orthogonal(made.r_res.as_ref().unwrap(), model.spec.embed) < 1e-12);
     (done, made)

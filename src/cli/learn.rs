@@ -14,8 +14,10 @@ use super::tune::{HELD_OUT_MOST, HELD_OUT_PART, Progress, split, summary};
 use super::{Failure, REFUSED, RESOURCE, USAGE, print, words};
 use crate::calibration::fingerprint::fingerprint;
 use crate::calibration::windows;
-use crate::forward::{Activations, Simulation};
+use crate::forward::{Activations, Model, Simulation};
 use crate::gguf::GgmlType;
+use crate::learning::LearningError;
+use crate::learning::engine::{Engine, Processor};
 use crate::learning::fake::{Fake, can_round};
 use crate::learning::local;
 use crate::learning::network::{self, Network};
@@ -24,7 +26,7 @@ use crate::plan::memory::human;
 use crate::plan::{FileType, Input, Options, Recipe};
 use crate::transform::{Anatomy, Preset, Transforms, preset};
 use crate::tuning::head::Loss;
-use crate::tuning::run::SAVE_EVERY;
+use crate::tuning::run::{Device, SAVE_EVERY};
 
 /// Steps where nothing else is said: those of the papers.
 pub const STEPS: u32 = 100;
@@ -67,6 +69,9 @@ pub struct LearnArgs {
     /// At most so many tokens of the text, in whole windows.
     #[arg(long, value_name = "N")]
     calibrate_tokens: Option<u64>,
+    /// What to learn on: cpu, or cuda (an NVIDIA GPU; needs a program built with the feature `cuda`).
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t, conflicts_with = "local")]
+    device: Device,
     #[command(flatten)]
     making: MakingArgs,
 }
@@ -88,6 +93,7 @@ enum LossArg {
 pub struct Request<'a> {
     pub preset: Preset,
     pub local: bool,
+    pub device: Device,
     pub settings: Settings,
     /// How inputs, keys and values are rounded.
     pub activations: Activations,
@@ -165,11 +171,9 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     let pool = pool(r.threads)?;
     let start = pool.install(|| start(r.preset, anatomy, input, r.settings.seed))?;
     let job = Job {
-        model,
         tokens: &learn,
         held_out: &decide,
         length: r.length,
-        activations: r.activations,
         settings: r.settings.clone(),
         key: format!(
             "{name} {} {} {} {} {}",
@@ -186,8 +190,8 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     let steps = Steps::new("step", r.settings.steps, r.quiet);
     let mut progress = Progress { steps, quiet: r.quiet };
     let (done, made) = pool.install(|| {
-        let mut network = Network::new(model, anatomy, &start, r.fake, most > room)?;
-        run::run(&job, &mut network, &name, &mut progress)
+        let mut engine = engine(model, anatomy, &start, r, most > room)?;
+        run::run(&job, &mut *engine, &name, &mut progress)
     })?;
     progress.steps.finish();
     if !r.quiet {
@@ -195,6 +199,30 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     }
     made.check(anatomy)?;
     Ok(made)
+}
+
+/// What carries the steps out; `again`: each layer's forward pass is computed twice.
+fn engine<'a>(
+    model: &'a Model<'a>,
+    anatomy: &Anatomy,
+    start: &Transforms,
+    r: &Request<'_>,
+    again: bool,
+) -> Result<Box<dyn Engine + 'a>, LearningError> {
+    let (length, batch) = (r.length, r.settings.batch);
+    match r.device {
+        Device::Cpu => {
+            let network = Network::new(model, anatomy, start, r.fake, again)?;
+            Ok(Box::new(Processor::new(network, r.activations, length, batch)?))
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda => {
+            let gpu = crate::learning::gpu::Gpu::new(model, anatomy, start, r.fake, r.activations, (length, batch))?;
+            Ok(Box::new(gpu))
+        }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda => Err(LearningError::Device("this program was built without the feature `cuda`".into())),
+    }
 }
 
 /// Progress of a run by layers.
@@ -329,6 +357,7 @@ pub fn run(args: LearnArgs) -> Result<(), Failure> {
     let request = Request {
         preset,
         local: args.local,
+        device: args.device,
         settings,
         activations: simulated.map_or(Activations::F32, Activations::Simulated),
         fake: &fake,
@@ -401,6 +430,7 @@ pub fn within(
     let request = Request {
         preset,
         local: false,
+        device: args.device,
         settings: settings(preset, STEPS, r.seed.unwrap_or(0)),
         activations: Activations::F32,
         fake: &fake,

@@ -181,7 +181,7 @@ impl From<crate::learning::LearningError> for Failure {
             L::Forward(e) => e.into(),
             L::Interrupted => Failure::new(INTERRUPTED, e),
             L::Io { .. } => Failure::new(RESOURCE, e),
-            L::Refused(_) | L::Rotation(_) => Failure::new(REFUSED, e),
+            L::Refused(_) | L::Rotation(_) | L::Device(_) => Failure::new(REFUSED, e),
         }
     }
 }

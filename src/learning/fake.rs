@@ -54,7 +54,7 @@ impl Fake {
     }
 
     /// Values that share a scale, and what offset they share; `None`: the scale is not followed.
-    fn run(self, columns: usize) -> Option<(usize, Offsets)> {
+    pub(super) fn run(self, columns: usize) -> Option<(usize, Offsets)> {
         match self {
             Fake::Rows(s, down) if s.online && down => None,
             Fake::Rows(..) => Some((columns, Offsets::None)),

@@ -10,7 +10,8 @@
 //! each where the linear has it. Back, with `G` the gradient by `W'`: `dR = Z4 Gᵀ`, then `R G`; scales by logarithm are sums
 //! of gradient times value; `dR = Z1ᵀ G2`.
 
-use super::manifold::{Rotation, Scales};
+use super::LearningError;
+use super::manifold::{Rates, Rotation, Scales};
 use crate::forward::backward::layer::Slot;
 use crate::linalg::{add_cross, product, product_back};
 use crate::transform::{Anatomy, LayerTransforms, Pair, Transforms};
@@ -120,11 +121,24 @@ impl Values {
         }
     }
 
-    /// Everything that a step depends on.
+    /// Everything that a step depends on; call [`Values::refresh`] after writing to it.
     pub fn state(&mut self) -> Vec<&mut Vec<f64>> {
         let mut all: Vec<&mut Vec<f64>> = self.r_res.iter_mut().flat_map(|r| r.state()).collect();
         self.layers.iter_mut().for_each(|l| all.extend(l.state()));
         all
+    }
+
+    /// Moves rotations and scales against the gradients that were added up.
+    pub fn step(&mut self, rates: &Rates) -> Result<(), LearningError> {
+        self.rotations().try_for_each(|r| r.step(rates))?;
+        self.all_scales().for_each(|s| s.step(rates));
+        Ok(())
+    }
+
+    /// Takes up what was written to [`Values::state`].
+    pub fn refresh(&mut self) {
+        self.rotations().for_each(Rotation::refresh);
+        self.all_scales().for_each(Scales::refresh);
     }
 
     /// Every rotation.
@@ -140,21 +154,21 @@ impl Values {
 
 /// Scales of columns or rows: which element of a pair each has.
 #[derive(Clone, Debug)]
-struct Line {
+pub(super) struct Line {
     pair: Pair,
     index: Vec<u32>,
     inverse: bool,
 }
 
 impl Line {
-    fn values(&self, l: &LayerValues) -> Option<Vec<f32>> {
+    pub(super) fn values(&self, l: &LayerValues) -> Option<Vec<f32>> {
         let s = &scales(l, self.pair).as_ref()?.single;
         let value = |i: &u32| if self.inverse { 1.0 / s[*i as usize] } else { s[*i as usize] };
         Some(self.index.iter().map(value).collect())
     }
 
     /// Adds sums of gradient times value, one for each column or row.
-    fn add(&self, l: &mut LayerValues, sums: &[f64]) {
+    pub(super) fn add(&self, l: &mut LayerValues, sums: &[f64]) {
         let Some(s) = scales_mut(l, self.pair) else { return };
         let sign = if self.inverse { -1.0 } else { 1.0 };
         self.index.iter().zip(sums).for_each(|(i, v)| s.gradient[*i as usize] += sign * v);
@@ -163,7 +177,7 @@ impl Line {
 
 /// Which rotation.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Turn {
+pub(super) enum Turn {
     None,
     Stream,
     Heads,
@@ -172,14 +186,14 @@ enum Turn {
 /// The map of one linear.
 #[derive(Clone, Debug)]
 pub struct Map {
-    before: Option<Line>,
-    columns: Turn,
-    after: Option<Line>,
-    rows: Option<Line>,
-    turned: Turn,
+    pub(super) before: Option<Line>,
+    pub(super) columns: Turn,
+    pub(super) after: Option<Line>,
+    pub(super) rows: Option<Line>,
+    pub(super) turned: Turn,
     /// Values of a head, query heads of a KV head.
-    head: usize,
-    group: usize,
+    pub(super) head: usize,
+    pub(super) group: usize,
 }
 
 impl Map {

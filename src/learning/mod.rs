@@ -7,7 +7,10 @@
 //! loop: batches in a seeded order, rates that fall along a cosine, windows that decide which step is kept. Models that do not fit
 //! learn layer by layer against their own float outputs ([`local`]).
 
+pub mod engine;
 pub mod fake;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod local;
 pub mod manifold;
 pub mod maps;
@@ -27,6 +30,8 @@ pub enum LearningError {
     Refused(String),
     #[error("learning: a rotation cannot be moved: {0}")]
     Rotation(String),
+    #[error("--device cuda: {0}")]
+    Device(String),
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },
     #[error("interrupted; what is done is kept, the same command goes on from there")]
@@ -38,6 +43,16 @@ impl From<ForwardError> for LearningError {
         match e {
             ForwardError::Interrupted => LearningError::Interrupted,
             e => LearningError::Forward(e),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<crate::cuda::DeviceError> for LearningError {
+    fn from(e: crate::cuda::DeviceError) -> LearningError {
+        match e {
+            crate::cuda::DeviceError::Forward(e) => e.into(),
+            crate::cuda::DeviceError::Device(why) => LearningError::Device(why),
         }
     }
 }

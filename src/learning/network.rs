@@ -7,7 +7,6 @@
 
 use super::LearningError;
 use super::fake::Fake;
-use super::manifold::Rates;
 use super::maps::{Map, SCALES, Values, scales, scales_mut};
 use crate::forward::backward::layer::{Kept, LayerBack, Norm, Scratch, Sink, Slot};
 use crate::forward::layer::{Linear, Pass};
@@ -19,17 +18,17 @@ use crate::tuning::head::{LossHead, Target, add_norm_gradient};
 use crate::tuning::student::embedded;
 
 /// A linear as the float model has it, the norm before it folded in where the stream is rotated.
-struct Original {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    columns: usize,
-    map: Map,
-    fake: Option<Fake>,
+pub(super) struct Original {
+    pub weight: Vec<f32>,
+    pub bias: Option<Vec<f32>>,
+    pub columns: usize,
+    pub map: Map,
+    pub fake: Option<Fake>,
 }
 
 /// A layer: the originals, and the weights of the norms before attention and feed-forward, 1 where they are folded.
 pub(super) struct Base {
-    linears: [Original; 7],
+    pub linears: [Original; 7],
     norms: [Option<Vec<f32>>; 2],
 }
 
@@ -49,7 +48,7 @@ pub struct Network<'a> {
 }
 
 /// The norms that hold inverse scales, and which these are.
-const HELD: [(Norm, Pair); 2] = [(Norm::Attention, Pair::Attention), (Norm::FeedForward, Pair::FeedForward)];
+pub(super) const HELD: [(Norm, Pair); 2] = [(Norm::Attention, Pair::Attention), (Norm::FeedForward, Pair::FeedForward)];
 
 /// Of a layer in work.
 pub(super) struct Back<'a> {
@@ -189,26 +188,6 @@ impl<'a> Network<'a> {
         }
         Ok(loss)
     }
-
-    /// Moves rotations and scales against the gradients that were added up, and makes the weights again.
-    pub fn step(&mut self, rates: &Rates) -> Result<(), LearningError> {
-        self.values.rotations().try_for_each(|r| r.step(rates))?;
-        self.values.all_scales().for_each(|s| s.step(rates));
-        self.fuse();
-        Ok(())
-    }
-
-    /// Everything that a step depends on; call [`Network::refresh`] after writing to it.
-    pub fn state(&mut self) -> Vec<&mut Vec<f64>> {
-        self.values.state()
-    }
-
-    /// Takes up what was written to [`Network::state`].
-    pub fn refresh(&mut self) {
-        self.values.rotations().for_each(|r| r.refresh());
-        self.values.all_scales().for_each(|s| s.refresh());
-        self.fuse();
-    }
 }
 
 /// Layer `l` of the model, and what its weights are made from; made once.
@@ -257,14 +236,22 @@ pub(super) fn fuse(base: &Base, layer: &mut LayerBack, values: &Values, l: usize
         linear.bias = o.bias.as_ref().map(|b| o.map.of_bias().apply(b, 1, values, l));
     }
     let norms = [&mut layer.attn_norm, &mut layer.ffn_norm];
-    for ((norm, base), (_, pair)) in norms.into_iter().zip(&base.norms).zip(HELD) {
-        if let (Some(norm), Some(base)) = (norm, base) {
-            norm.copy_from_slice(base);
-            if let Some(s) = scales(&values.layers[l], pair) {
-                norm.iter_mut().zip(&s.single).for_each(|(w, s)| *w /= s);
-            }
+    for (norm, made) in norms.into_iter().zip(held(base, values, l)) {
+        if let (Some(norm), Some(made)) = (norm, made) {
+            norm.copy_from_slice(&made);
         }
     }
+}
+
+/// The weights of the norms of [`HELD`] as they are now.
+pub(super) fn held(base: &Base, values: &Values, l: usize) -> [Option<Vec<f32>>; 2] {
+    [0, 1].map(|i| {
+        let mut norm = base.norms[i].clone()?;
+        if let Some(s) = scales(&values.layers[l], HELD[i].1) {
+            norm.iter_mut().zip(&s.single).for_each(|(w, s)| *w /= s);
+        }
+        Some(norm)
+    })
 }
 
 /// `x R`, or `x` where the stream is not rotated.

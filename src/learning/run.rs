@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::LearningError;
+use super::engine::Engine;
 use super::manifold::Rates;
-use super::network::Network;
-use crate::forward::{Activations, Model, Runner, interrupted};
+use crate::forward::interrupted;
 use crate::resume::{self, Descent};
 use crate::transform::Transforms;
-use crate::tuning::head::{Loss, Target};
+use crate::tuning::head::Loss;
 use crate::tuning::run::fill;
-use crate::tuning::teacher::Teacher;
 
 /// How to learn.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,13 +43,10 @@ impl Settings {
 
 /// What to learn from.
 pub struct Job<'a> {
-    pub model: &'a Model<'a>,
     /// Whole windows of `length` tokens to learn from, and some to decide on.
     pub tokens: &'a [u32],
     pub held_out: &'a [u32],
     pub length: usize,
-    /// Of inputs, keys and values.
-    pub activations: Activations,
     pub settings: Settings,
     /// Of everything that the result depends on beside the settings.
     pub key: String,
@@ -62,16 +58,16 @@ pub struct Job<'a> {
 /// What a run says of itself: that of tuning.
 pub use crate::tuning::run::{Done, Watch};
 
-/// The head of the state; after it the values of the network, now and best.
+/// The head of the state; after it rotations and scales, now and best.
 type Kept = Descent<Settings>;
 
 /// Name of the state's file.
 pub const FILE: &str = "learning.state";
 
-/// Learns from what `network` starts with; the transforms of the best step.
+/// Learns from what `engine` starts with; the transforms of the best step.
 pub fn run(
     job: &Job<'_>,
-    network: &mut Network<'_>,
+    engine: &mut dyn Engine,
     name: &str,
     watch: &mut dyn Watch,
 ) -> Result<(Done, Transforms), LearningError> {
@@ -80,28 +76,15 @@ pub fn run(
     if windows == 0 || job.held_out.len() < job.length {
         return Err(LearningError::Refused(format!("{windows} windows are too few; give more text")));
     }
-    let mut runner = Runner::new(job.model, job.length, job.activations)?;
-    let mut teacher = Teacher::new(job.model, job.length, s.batch)?;
-    let span = s.batch * job.length;
-    let wanted = teacher.last(job.held_out)?;
-    let width = wanted.len() / job.held_out.len();
-    let decide = |runner: &mut Runner<'_>, network: &mut Network<'_>| -> Result<f64, LearningError> {
-        let mut sum = 0.0;
-        for (tokens, last) in job.held_out.chunks(span).zip(wanted.chunks(span * width)) {
-            interrupted()?;
-            sum += runner.pass(|pass, _| network.divergence(pass, tokens, last))? * tokens.len() as f64;
-        }
-        Ok(sum / job.held_out.len() as f64)
-    };
     let mut kept = Kept::new(&job.key, s);
     let mut best: Vec<Vec<f64>> = Vec::new();
-    if let Some(found) = load(job, &kept, network, &mut best)? {
+    if let Some(found) = load(job, &kept, engine, &mut best)? {
         kept = found;
         watch.resumed(kept.step);
     } else {
-        kept.before = decide(&mut runner, network)?;
+        kept.before = engine.divergence(job.held_out)?;
         kept.best = kept.before;
-        best = copy(network);
+        best = copy(engine);
         watch.held_out(0, kept.before, true);
     }
     let (mut batch, mut times, mut saved) = (Vec::new(), Vec::new(), Instant::now());
@@ -109,51 +92,50 @@ pub fn run(
         interrupted()?;
         fill(&mut batch, job.tokens, job.length, (step - 1) * s.batch..step * s.batch, s.seed);
         let start = Instant::now();
-        let last = teacher.last(&batch)?;
-        let target = Target { loss: s.loss, last: &last, tokens: &batch, length: job.length };
-        let loss = runner.pass(|pass, _| network.gradients(pass, &batch, &target))?;
+        let loss = engine.gradients(&batch, s.loss)?;
         if !loss.is_finite() {
             return Err(LearningError::Refused(format!("the loss is {loss} at step {step}")));
         }
         let left = 0.5 * (1.0 + ((step - 1) as f64 / s.steps as f64 * std::f64::consts::PI).cos());
-        network.step(&Rates { step, rotation: s.rotation * left, scale: s.scale * left })?;
+        engine.values().step(&Rates { step, rotation: s.rotation * left, scale: s.scale * left })?;
+        engine.fuse()?;
         times.push(start.elapsed().as_secs_f64());
         watch.step(step, loss);
         if step % s.every == 0 || step == s.steps {
-            let loss = decide(&mut runner, network)?;
+            let loss = engine.divergence(job.held_out)?;
             let better = loss < kept.best;
             if better {
-                (kept.best, kept.best_step, best) = (loss, step, copy(network));
+                (kept.best, kept.best_step, best) = (loss, step, copy(engine));
             }
             watch.held_out(step, loss, better);
         }
         if saved.elapsed() >= job.save_every || step == s.steps {
             kept.step = step;
-            save(job, &kept, network, &mut best)?;
+            save(job, &kept, engine, &mut best)?;
             saved = Instant::now();
         }
     }
-    paste(network, &best);
+    paste(engine, &best);
     times.sort_by(f64::total_cmp);
     let seconds = times.get(times.len() / 2).copied().unwrap_or(0.0);
     let done = Done { before: kept.before, after: kept.best, step: kept.best_step, seconds };
-    Ok((done, network.values.transforms(name)))
+    Ok((done, engine.values().transforms(name)))
 }
 
-fn copy(network: &mut Network<'_>) -> Vec<Vec<f64>> {
-    network.state().into_iter().map(|v| v.clone()).collect()
+fn copy(engine: &mut dyn Engine) -> Vec<Vec<f64>> {
+    engine.values().state().into_iter().map(|v| v.clone()).collect()
 }
 
-fn paste(network: &mut Network<'_>, values: &[Vec<f64>]) {
-    network.state().into_iter().zip(values).for_each(|(to, from)| to.copy_from_slice(from));
-    network.refresh();
+fn paste(engine: &mut dyn Engine, values: &[Vec<f64>]) {
+    engine.values().state().into_iter().zip(values).for_each(|(to, from)| to.copy_from_slice(from));
+    engine.values().refresh();
 }
 
-fn save(job: &Job<'_>, kept: &Kept, network: &mut Network<'_>, best: &mut [Vec<f64>]) -> Result<(), LearningError> {
+fn save(job: &Job<'_>, kept: &Kept, engine: &mut dyn Engine, best: &mut [Vec<f64>]) -> Result<(), LearningError> {
     let path = job.state.join(FILE);
     let mut write = || {
         std::fs::create_dir_all(job.state)?;
-        let mut all = network.state();
+        let mut all = engine.values().state();
         all.extend(best.iter_mut());
         resume::save(&path, kept, all)
     };
@@ -163,17 +145,18 @@ fn save(job: &Job<'_>, kept: &Kept, network: &mut Network<'_>, best: &mut [Vec<f
 fn load(
     job: &Job<'_>,
     kept: &Kept,
-    network: &mut Network<'_>,
+    engine: &mut dyn Engine,
     best: &mut Vec<Vec<f64>>,
 ) -> Result<Option<Kept>, LearningError> {
     let path = job.state.join(FILE);
-    *best = copy(network);
+    *best = copy(engine);
     let own = |f: &Kept| f.is_run_of(kept);
-    let mut all = network.state();
+    let mut all = engine.values().state();
     all.extend(best.iter_mut());
     let found = resume::load(&path, all, own).map_err(|source| LearningError::Io { file: path.clone(), source })?;
     if found.is_some() {
-        network.refresh();
+        engine.values().refresh();
+        engine.fuse()?;
     }
     Ok(found)
 }

@@ -7,9 +7,9 @@
 //! text this over-fits. What comes out are plain blocks of the same types.
 
 pub mod blocks;
-#[cfg(feature = "cuda")]
-pub mod cuda;
 pub mod engine;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod head;
 pub mod run;
 pub mod student;
@@ -51,6 +51,16 @@ impl From<RoundingError> for TuningError {
         match e {
             RoundingError::Interrupted => TuningError::Interrupted,
             e => TuningError::Rounding(e),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<crate::cuda::DeviceError> for TuningError {
+    fn from(e: crate::cuda::DeviceError) -> TuningError {
+        match e {
+            crate::cuda::DeviceError::Forward(e) => e.into(),
+            crate::cuda::DeviceError::Device(why) => TuningError::Device(why),
         }
     }
 }

@@ -180,7 +180,7 @@ fn engine<'a>(job: &Job<'a>, student: Student<'a>) -> Result<Box<dyn Engine<'a> 
     match job.device {
         Device::Cpu => Ok(Box::new(Processor::new(job.model, student, job.length, job.settings.batch)?)),
         #[cfg(feature = "cuda")]
-        Device::Cuda => Ok(Box::new(super::cuda::Gpu::new(student, job.length, job.settings.batch)?)),
+        Device::Cuda => Ok(Box::new(super::gpu::Gpu::new(student, job.length, job.settings.batch)?)),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda => Err(TuningError::Device("this program was built without the feature `cuda`".into())),
     }

@@ -9,7 +9,7 @@ use cudarc::driver::{
     CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 
-use crate::tuning::TuningError;
+use super::DeviceError;
 
 /// An address on the device, of f32 unless said otherwise.
 pub type Ptr = u64;
@@ -28,24 +28,76 @@ pub enum Arg {
     P(Ptr),
     I(i32),
     F(f32),
-    B(super::BlocksArg),
-    A(super::AdamArg),
+    B(BlocksArg),
+    A(AdamArg),
+}
+
+/// `Adam` of `kernels.cu`: a step of [`crate::tuning::blocks::Adam`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct AdamArg {
+    pub beta1: f32,
+    pub beta2: f32,
+    pub correction1: f32,
+    pub correction2: f32,
+    pub rate: f32,
+    pub code_rate: f32,
+}
+
+/// `Kind` of `kernels.cu`: parameters of one kind.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct KindArg {
+    pub value: Ptr,
+    pub unit: Ptr,
+    pub m: Ptr,
+    pub v: Ptr,
+}
+
+/// `Blocks` of `kernels.cu`: those of [`crate::tuning::blocks::Blocks`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct BlocksArg {
+    pub codes: Ptr,
+    pub code_m: Ptr,
+    pub code_v: Ptr,
+    pub scales: KindArg,
+    pub offsets: KindArg,
+    pub d: KindArg,
+    pub m: KindArg,
+    pub levels: Ptr,
+    pub lo: f32,
+    pub hi: f32,
+    pub spacing: f32,
+    pub block: i32,
+    pub sub: i32,
+    pub scale_lo: i32,
+    pub scale_hi: i32,
+    pub offset_hi: i32,
+    pub frozen: i32,
 }
 
 // SAFETY: plain data, laid out as in `kernels.cu`.
-unsafe impl DeviceRepr for super::BlocksArg {}
+unsafe impl DeviceRepr for BlocksArg {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for super::AdamArg {}
+unsafe impl DeviceRepr for AdamArg {}
 
 /// f32 values on the device.
 pub struct Buffer {
     slice: CudaSlice<f32>,
     ptr: Ptr,
+    len: usize,
 }
 
 impl Buffer {
     pub fn ptr(&self) -> Ptr {
         self.ptr
+    }
+
+    /// Values in it.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.len
     }
 }
 
@@ -57,7 +109,7 @@ pub struct Cuda {
     pub name: String,
 }
 
-const KERNELS: [&str; 17] = [
+const KERNELS: &[&str] = &[
     "embed",
     "scatter",
     "rms_norm",
@@ -72,18 +124,27 @@ const KERNELS: [&str; 17] = [
     "scaled",
     "add_bias",
     "divergence",
+    "top_divergence",
+    "surprise",
     "step_norm",
     "step_blocks",
     "fill",
+    "scale_columns",
+    "scale_rows",
+    "along_columns",
+    "along_rows",
+    "asymmetric",
+    "symmetric",
+    "fake_back",
 ];
 
-fn failed(what: &str, e: impl std::fmt::Debug) -> TuningError {
-    TuningError::Device(format!("{what}: {e:?}"))
+fn failed(what: &str, e: impl std::fmt::Debug) -> DeviceError {
+    DeviceError::Device(format!("{what}: {e:?}"))
 }
 
 impl Cuda {
     /// The first device. Libraries that are missing are named.
-    pub fn open() -> Result<Cuda, TuningError> {
+    pub fn open() -> Result<Cuda, DeviceError> {
         // SAFETY: these only try to open a library.
         let (driver, nvrtc, cublas) = unsafe {
             (
@@ -94,7 +155,7 @@ impl Cuda {
         };
         for (there, name) in [(driver, "libcuda (the driver)"), (nvrtc, "libnvrtc"), (cublas, "libcublas")] {
             if !there {
-                return Err(TuningError::Device(format!("{name} was not found; take --device cpu")));
+                return Err(DeviceError::Device(format!("{name} was not found; take --device cpu")));
             }
         }
         let context = CudaContext::new(0).map_err(|e| failed("no device can be used", e))?;
@@ -105,26 +166,27 @@ impl Cuda {
         let ptx = cudarc::nvrtc::compile_ptx(include_str!("kernels.cu")).map_err(|e| failed("NVRTC", e))?;
         let module = context.load_module(ptx).map_err(|e| failed("kernels", e))?;
         let mut functions = HashMap::new();
-        for name in KERNELS {
+        for &name in KERNELS {
             functions.insert(name, module.load_function(name).map_err(|e| failed(name, e))?);
         }
         let name = context.name().unwrap_or_default();
         Ok(Cuda { stream, blas, functions, name })
     }
 
-    pub fn zeros(&self, n: usize) -> Result<Buffer, TuningError> {
+    pub fn zeros(&self, n: usize) -> Result<Buffer, DeviceError> {
         let slice = self.stream.alloc_zeros::<f32>(n.max(1)).map_err(|e| failed("memory of the device", e))?;
         let ptr = slice.device_ptr(&self.stream).0;
-        Ok(Buffer { slice, ptr })
+        Ok(Buffer { slice, ptr, len: n })
     }
 
-    pub fn upload(&self, values: &[f32]) -> Result<Buffer, TuningError> {
+    pub fn upload(&self, values: &[f32]) -> Result<Buffer, DeviceError> {
         let mut buffer = self.zeros(values.len())?;
         self.write(&mut buffer, values)?;
         Ok(buffer)
     }
 
-    pub fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<(), TuningError> {
+    /// Copies to the device what a buffer of its size holds.
+    pub fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<(), DeviceError> {
         if values.is_empty() {
             return Ok(());
         }
@@ -132,11 +194,11 @@ impl Cuda {
     }
 
     /// Token ids, as bit patterns of i32.
-    pub fn tokens(&self, buffer: &mut Buffer, tokens: &[u32]) -> Result<(), TuningError> {
+    pub fn tokens(&self, buffer: &mut Buffer, tokens: &[u32]) -> Result<(), DeviceError> {
         self.write(buffer, bytemuck::cast_slice(tokens))
     }
 
-    pub fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<(), TuningError> {
+    pub fn read(&self, buffer: &Buffer, out: &mut [f32]) -> Result<(), DeviceError> {
         if out.is_empty() {
             return Ok(());
         }
@@ -146,7 +208,7 @@ impl Cuda {
     }
 
     /// f64 values that a kernel left in a buffer.
-    pub fn read_f64(&self, buffer: &Buffer, n: usize) -> Result<Vec<f64>, TuningError> {
+    pub fn read_f64(&self, buffer: &Buffer, n: usize) -> Result<Vec<f64>, DeviceError> {
         let mut words = vec![0f32; 2 * n];
         self.read(buffer, &mut words)?;
         let (pairs, _) = words.as_chunks::<2>();
@@ -155,7 +217,7 @@ impl Cuda {
     }
 
     /// Runs a kernel on `grid` blocks of `block` threads.
-    pub fn run(&self, name: &str, grid: usize, block: (u32, u32), args: &[Arg]) -> Result<(), TuningError> {
+    pub fn run(&self, name: &str, grid: usize, block: (u32, u32), args: &[Arg]) -> Result<(), DeviceError> {
         if grid == 0 {
             return Ok(());
         }
@@ -177,12 +239,12 @@ impl Cuda {
     }
 
     /// Runs a kernel with one thread per element.
-    pub fn each(&self, name: &str, count: usize, args: &[Arg]) -> Result<(), TuningError> {
+    pub fn each(&self, name: &str, count: usize, args: &[Arg]) -> Result<(), DeviceError> {
         self.run(name, count.div_ceil(256), (256, 1), args)
     }
 
     /// `out[m, n] = a[m, k] b[n, k]ᵀ`, row-major.
-    pub fn product(&self, out: Ptr, a: Ptr, b: Ptr, (m, n, k): (usize, usize, usize)) -> Result<(), TuningError> {
+    pub fn product(&self, out: Ptr, a: Ptr, b: Ptr, (m, n, k): (usize, usize, usize)) -> Result<(), DeviceError> {
         self.gemm((T, N), (n, m, k), 1.0, (b, k), (a, k), 0.0, (out, n))
     }
 
@@ -194,7 +256,7 @@ impl Cuda {
         w: Ptr,
         (m, n, k): (usize, usize, usize),
         beta: f32,
-    ) -> Result<(), TuningError> {
+    ) -> Result<(), DeviceError> {
         self.gemm((N, N), (n, m, k), 1.0, (w, n), (a, k), beta, (out, n))
     }
 
@@ -206,7 +268,7 @@ impl Cuda {
         b: Ptr,
         (m, n, t): (usize, usize, usize),
         beta: f32,
-    ) -> Result<(), TuningError> {
+    ) -> Result<(), DeviceError> {
         self.gemm((N, T), (n, m, t), 1.0, (b, n), (a, m), beta, (out, n))
     }
 
@@ -221,7 +283,7 @@ impl Cuda {
         (b, ldb): (Ptr, usize),
         beta: f32,
         (c, ldc): (Ptr, usize),
-    ) -> Result<(), TuningError> {
+    ) -> Result<(), DeviceError> {
         let i = |v: usize| v as i32;
         // SAFETY: the shapes are those of the buffers, which the callers in this module made for them.
         unsafe {
@@ -256,7 +318,7 @@ impl Cuda {
         b: Strided,
         beta: f32,
         count: usize,
-    ) -> Result<(), TuningError> {
+    ) -> Result<(), DeviceError> {
         let (ta, tb) = match kind {
             Kind::Transposed => (T, N),
             Kind::Plain => (N, N),

@@ -1,5 +1,6 @@
-// Kernels of the tuning engine on NVIDIA GPUs, compiled at run time by NVRTC. All matrices are row-major f32.
-// One block of threads works on one row unless said otherwise. Formulas: src/forward/backward/kernels.rs, src/tuning/blocks.rs.
+// Kernels for tuning and learning on NVIDIA GPUs, compiled at run time by NVRTC. All matrices are row-major f32.
+// One block of threads works on one row unless said otherwise. Formulas: src/forward/backward/kernels.rs, src/tuning/blocks.rs,
+// src/tuning/head.rs, src/learning/maps.rs, src/learning/fake.rs, src/forward/simulation.rs.
 
 typedef unsigned short u16;
 
@@ -205,6 +206,81 @@ extern "C" __global__ void divergence(double *sums, float *q, const float *p, in
     if (threadIdx.x == 0) sums[blockIdx.x] = (double)along + (double)shift;
 }
 
+// The same over the k largest p, neither side normalised anew; every thread counts in a histogram of eight bits at a time.
+extern "C" __global__ void top_divergence(
+    double *sums, float *q, const float *p, int vocab, float scale, float weight, int k) {
+    __shared__ unsigned counts[256], prefix, left;
+    float *a = q + (size_t)blockIdx.x * vocab;
+    const float *b = p + (size_t)blockIdx.x * vocab;
+    if (threadIdx.x == 0) prefix = 0, left = k;
+    // the k-th largest, as an integer of the same order as the floats
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = threadIdx.x; i < 256; i += blockDim.x) counts[i] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+            unsigned u = __float_as_uint(b[i]);
+            u ^= u >> 31 ? 0xffffffffu : 0x80000000u;
+            if (shift == 24 || u >> (shift + 8) == prefix >> (shift + 8)) atomicAdd(counts + (u >> shift & 255), 1u);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int bin = 255;
+            for (; bin > 0 && counts[bin] < left; bin--) left -= counts[bin];
+            prefix |= (unsigned)bin << shift;
+        }
+        __syncthreads();
+    }
+    unsigned bits = prefix ^ (prefix >> 31 ? 0x80000000u : 0xffffffffu);
+    float least = k < vocab ? __uint_as_float(bits) : -3.5e38f;
+    float top_a = -3.4e38f, top_b = -3.4e38f;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        top_a = fmaxf(top_a, a[i]);
+        top_b = fmaxf(top_b, b[i]);
+    }
+    top_a = block_max(top_a);
+    top_b = block_max(top_b);
+    float sum_a = 0.0f, sum_b = 0.0f;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        sum_a += expf((a[i] - top_a) * scale);
+        sum_b += expf((b[i] - top_b) * scale);
+    }
+    sum_a = block_sum(sum_a);
+    sum_b = block_sum(sum_b);
+    float shift_all = logf(sum_a) - logf(sum_b), along = 0.0f, mass = 0.0f;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        if (b[i] < least) continue;
+        float u = (a[i] - top_a) * scale, v = (b[i] - top_b) * scale, pi = expf(v) / sum_b;
+        mass += pi;
+        along += pi * (v - u + shift_all);
+    }
+    mass = block_sum(mass);
+    along = block_sum(along);
+    if (threadIdx.x == 0) sums[blockIdx.x] = along;
+    if (weight == 0.0f) return;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        float pi = b[i] < least ? 0.0f : expf((b[i] - top_b) * scale) / sum_b;
+        a[i] = (mass * expf((a[i] - top_a) * scale) / sum_a - pi) * weight * scale;
+    }
+}
+
+// -log q of the token that follows position `first + blockIdx.x`; the last position of a window has none.
+extern "C" __global__ void surprise(
+    double *sums, float *q, const int *tokens, int vocab, float scale, float weight, int first, int length) {
+    float *a = q + (size_t)blockIdx.x * vocab;
+    int at = first + blockIdx.x;
+    int label = (at + 1) % length == 0 ? -1 : tokens[at + 1];
+    float top = -3.4e38f, sum = 0.0f;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) top = fmaxf(top, a[i]);
+    top = block_max(top);
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) sum += expf((a[i] - top) * scale);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = label < 0 ? 0.0 : (double)logf(sum) - (double)((a[label] - top) * scale);
+    __syncthreads();
+    if (weight == 0.0f) return;
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x)
+        a[i] = label < 0 ? 0.0f : (expf((a[i] - top) * scale) / sum - (i == label ? 1.0f : 0.0f)) * weight * scale;
+}
+
 // The rounding of f32 to f16 and back, to nearest even, as the hardware does it.
 __device__ __forceinline__ float stored_f16(float v) {
     v = fminf(fmaxf(v, -65504.0f), 65504.0f);
@@ -324,4 +400,122 @@ extern "C" __global__ void step_blocks(Blocks b, const float *g, float *w, int c
 extern "C" __global__ void fill(float *x, float value, int count) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) x[i] = value;
+}
+
+// out = x diag(s); `out` may be x.
+extern "C" __global__ void scale_columns(float *out, const float *x, const float *s, int columns, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = x[i] * s[i % columns];
+}
+
+// out = diag(s) x; `out` may be x.
+extern "C" __global__ void scale_rows(float *out, const float *x, const float *s, int columns, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = x[i] * s[i / columns];
+}
+
+// Sums over rows of g z (of g alone without z), for each column; blocks of 32 x 8 threads, 32 columns each.
+extern "C" __global__ void along_columns(float *out, const float *g, const float *z, int rows, int columns) {
+    __shared__ float parts[8][33];
+    int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (column < columns)
+        for (int r = threadIdx.y; r < rows; r += 8) {
+            size_t at = (size_t)r * columns + column;
+            sum += z ? g[at] * z[at] : g[at];
+        }
+    parts[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < columns) {
+        for (int i = 1; i < 8; i++) sum += parts[i][threadIdx.x];
+        out[column] = sum;
+    }
+}
+
+// Sums of g z, for each row.
+extern "C" __global__ void along_rows(float *out, const float *g, const float *z, int columns) {
+    size_t at = (size_t)blockIdx.x * columns;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) sum += g[at + i] * z[at + i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
+// Integers from the smallest to the largest value of a row, 0 among them.
+extern "C" __global__ void asymmetric(float *x, int columns, int bits) {
+    float *row = x + (size_t)blockIdx.x * columns;
+    float low = 0.0f, high = 0.0f;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+        low = fminf(low, row[i]);
+        high = fmaxf(high, row[i]);
+    }
+    low = -block_max(-low);
+    high = block_max(high);
+    float most = (float)((1u << bits) - 1), scale = (high - low) / most;
+    if (scale == 0.0f) return;
+    float inverse = 1.0f / scale, zero = rintf(-low / scale);
+    for (int i = threadIdx.x; i < columns; i += blockDim.x)
+        row[i] = (fminf(fmaxf(rintf(row[i] * inverse) + zero, 0.0f), most) - zero) * scale;
+}
+
+// Integers of a row with the scale, clipped to parts of the largest value, that errs least.
+extern "C" __global__ void symmetric(float *x, int columns, int bits) {
+    float *row = x + (size_t)blockIdx.x * columns;
+    float largest = 0.0f;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) largest = fmaxf(largest, fabsf(row[i]));
+    largest = block_max(largest);
+    if (largest == 0.0f) return;
+    float most = (float)((1u << (bits - 1)) - 1), least = 3.4e38f, best = largest / most;
+    for (int c = 0; c < 16; c++) {
+        float scale = largest / most * (1.0f - c * 0.5f / 15.0f), inverse = 1.0f / scale, error = 0.0f;
+        for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+            float e = fminf(fmaxf(rintf(row[i] * inverse), -most - 1.0f), most) * scale - row[i];
+            error += e * e;
+        }
+        error = block_sum(error);
+        if (error < least) least = error, best = scale;
+    }
+    float inverse = 1.0f / best;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x)
+        row[i] = fminf(fmaxf(rintf(row[i] * inverse), -most - 1.0f), most) * best;
+}
+
+// The first place of the largest `key`; every thread of the warp gets it.
+__device__ __forceinline__ int warp_first(float key, int at) {
+    for (int o = 16; o > 0; o >>= 1) {
+        float other = __shfl_xor_sync(0xffffffffu, key, o);
+        int place = __shfl_xor_sync(0xffffffffu, at, o);
+        if (other > key || (other == key && place < at)) key = other, at = place;
+    }
+    return at;
+}
+
+// Gradients at what runs were rounded from, out of those at what they were rounded to (`made`); a warp for each run. `offsets`:
+// 0 none, 1 f16, 2 integers (never above 0).
+extern "C" __global__ void fake_back(float *g, const float *w, const float *made, int run, int runs, int offsets) {
+    int at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (at >= runs) return;
+    size_t from = (size_t)at * run;
+    float along = 0.0f, most = -3.4e38f, least = -3.4e38f;
+    int high = run, low = run;
+    for (int i = lane; i < run; i += 32) {
+        float v = w[from + i], key = offsets ? v : fabsf(v);
+        along += g[from + i] * (made[from + i] - v);
+        if (key > most) most = key, high = i;
+        if (-v > least) least = -v, low = i;
+    }
+    along = warp_sum(along);
+    high = warp_first(most, high);
+    low = warp_first(least, low);
+    if (lane) return;
+    if (!offsets) {
+        if (w[from + high] != 0.0f) g[from + high] += along / w[from + high];
+        return;
+    }
+    float bottom = w[from + low] < 0.0f || offsets == 1 ? w[from + low] : 0.0f;
+    float range = w[from + high] - bottom;
+    if (range > 0.0f) {
+        g[from + high] += along / range;
+        if (w[from + low] < 0.0f || offsets == 1) g[from + low] -= along / range;
+    }
 }

@@ -1,0 +1,21 @@
+//! NVIDIA GPUs: the passes of tuning ([`crate::tuning::gpu`]) and of learning ([`crate::learning::gpu`]) in f32, by cuBLAS and
+//! kernels that NVRTC compiles at run time.
+//!
+//! Libraries are opened when the device is asked for: the program builds and runs where there is no CUDA. Dense decoders with
+//! norms before their branches (Llama, Mistral, Qwen, Granite); others are refused by name. Weights and the activations of all
+//! layers stay on the device. Sums by cuBLAS and atomic additions have no fixed order: results agree with the processor's
+//! within rounding.
+
+pub mod device;
+pub mod network;
+
+use crate::forward::ForwardError;
+
+/// Why the device cannot do it.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    #[error("--device cuda: {0}")]
+    Device(String),
+}
