@@ -9,7 +9,7 @@
 # of the layers' matrices (Q4_0 with --row-scales), embedding and head in F16.
 #
 # From the environment: PRESETS; TOKENS of calibration; STEPS of learning, of BATCH windows; CHUNKS of evaluation; TUNE steps, DEVICE
-# of tuning; JOBS cells side by side, each with THREADS; RESULTS, a file that cells are added to: those that are in it are not made
+# of learning and tuning; JOBS cells side by side, each with THREADS; RESULTS, a file that cells are added to: those that are in it are not made
 # again.
 set -eu
 ours=${OURS:-target/release/ostq-convert}
@@ -24,7 +24,7 @@ transform() {
         for_type=$2
         [ "$2" != int4 ] || for_type=w4a16
         "$ours" learn "$MODEL" -o "$work/t" --method "$1" --for "$for_type" --steps "$STEPS" --batch "$BATCH" --calibrate "$CALIBRATION" \
-            --calibrate-tokens "$TOKENS" --threads "$THREADS" --force --quiet
+            --calibrate-tokens "$TOKENS" --threads "$THREADS" --device "$DEVICE" --force --quiet
         ;;
     *)
         for_type=$2

@@ -73,6 +73,10 @@ fn blocks_of_every_type_are_read_written_and_moved_downhill() {
         // with targets, codes are latent and round to the same
         let mut latent = Blocks::new(ty, &bytes, columns, Some(&x)).unwrap();
         assert_eq!(latent.bytes(), bytes, "{ty}");
+        // ... and where the codes are not the nearest ones, as GPTQ leaves them
+        let noise = values(x.len(), 7);
+        let far: Vec<f32> = x.iter().zip(&noise).map(|(x, n)| x + 0.5 * n).collect();
+        assert_eq!(Blocks::new(ty, &bytes, columns, Some(&far)).unwrap().bytes(), bytes, "{ty}");
         // many steps against a fixed gradient: the linear loss must fall, and what is written is what was seen
         let g = values(x.len(), 9);
         let loss = |w: &[f32]| w.iter().zip(&g).map(|(w, g)| f64::from(w * g)).sum::<f64>();

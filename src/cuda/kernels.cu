@@ -231,7 +231,7 @@ extern "C" __global__ void top_divergence(
         __syncthreads();
     }
     unsigned bits = prefix ^ (prefix >> 31 ? 0x80000000u : 0xffffffffu);
-    float least = k < vocab ? __uint_as_float(bits) : -3.5e38f;
+    float least = k < vocab ? __uint_as_float(bits) : -3.4e38f;
     float top_a = -3.4e38f, top_b = -3.4e38f;
     for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
         top_a = fmaxf(top_a, a[i]);

@@ -113,6 +113,19 @@ impl AnyLevels {
         }
     }
 
+    /// How far the values that round to `level` reach below and above it; beyond the ends as far as half the mean distance.
+    pub fn reach(&self, level: f32) -> (f32, f32) {
+        match self {
+            AnyLevels::Range(_) => (0.5, 0.5),
+            AnyLevels::Table(l) => {
+                let (count, i) = (self.count(), usize::from(l.code(level)));
+                let beyond = (l.values[count - 1] - l.values[0]) / (count - 1) as f32 / 2.0;
+                let below = if i == 0 { beyond } else { l.steps[i - 1] / 2.0 };
+                (below, if i + 1 == count { beyond } else { l.steps[i] / 2.0 })
+            }
+        }
+    }
+
     /// The level nearest to `t`, and its code.
     pub fn nearest(&self, t: f32) -> (f32, u8) {
         match self {

@@ -15,8 +15,9 @@ use crate::forward::kernels::vectorized;
 use crate::gguf::GgmlType;
 use crate::rounding::levels::{AnyLevels, LANES, Levels, total};
 
-/// What is left of a code's cell: a latent code starts at most this far from its level, in parts of a level.
-const INSIDE: f32 = 0.45;
+/// A latent code starts at most so far from its level, as a part of the way to where the next one begins; those at the ends stay within
+/// this, too.
+const INSIDE: f32 = 0.9;
 
 /// One step of Adam.
 #[derive(Clone, Copy, Debug)]
@@ -169,7 +170,8 @@ impl Blocks {
                     };
                     if s == 0.0 { 0.0 } else { (t[b * grid.block + i] - offset) / s - level }
                 });
-                codes.push(level + residual.clamp(-INSIDE * spacing, INSIDE * spacing));
+                let (below, above) = levels.reach(level);
+                codes.push(level + residual.clamp(-INSIDE * below, INSIDE * above));
             }
         }
         let moments = if target.is_some() { codes.len() } else { 0 };
@@ -395,7 +397,8 @@ vectorized! {
 #[inline(always)]
 fn step<L: Levels>(g: &Grid, l: L, spacing: f32, row: &mut Row<'_>, dw: &[f32], w: &mut [f32], a: &Adam) {
     let (lo, hi) = l.ends();
-    let (lo, hi) = (lo - INSIDE * spacing, hi + INSIDE * spacing);
+    let beyond = INSIDE * 0.5 * spacing;
+    let (lo, hi) = (lo - beyond, hi + beyond);
     for b in 0..row.d[0].len() {
         let (mut slope_d, mut slope_m) = (0.0f32, 0.0f32);
         for sub in 0..g.subs() {
