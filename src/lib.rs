@@ -39,7 +39,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod convert;
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub(crate) mod cuda;
 pub mod formats;
 pub mod forward;
 pub mod gguf;

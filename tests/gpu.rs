@@ -1,23 +1,57 @@
-//! The GPU against the processor: losses and gradients of learning, for every structure that the kernels know. Only with the
-//! feature `cuda`; without a device it says so and looks at nothing.
+//! The GPU against the processor: losses, gradients and steps of learning and of tuning, for every structure that the kernels
+//! know. Only with the feature `cuda`; where no library or device is found it says so and looks at nothing, unless
+//! OSTQ_REQUIRE_GPU is set.
 #![cfg(feature = "cuda")]
 
+mod common;
 #[path = "common/decoder.rs"]
 mod decoder;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use decoder::KINDS;
-use ostq_convert::forward::{Activations, Model};
+use common::program::fixture;
+use decoder::{KINDS, Kind, Memory};
+use ostq_convert::formats::format;
+use ostq_convert::forward::{Activations, Model, Simulation};
+use ostq_convert::gguf::GgmlType;
 use ostq_convert::learning::LearningError;
 use ostq_convert::learning::engine::{Engine, Processor};
 use ostq_convert::learning::fake::Fake;
 use ostq_convert::learning::gpu::Gpu;
+use ostq_convert::learning::manifold::Rates;
 use ostq_convert::learning::network::Network;
+use ostq_convert::plan::{Input, Options, Recipe};
 use ostq_convert::transform::{Anatomy, Pair};
+use ostq_convert::tuning::TuningError;
+use ostq_convert::tuning::blocks::Adam;
+use ostq_convert::tuning::engine::Engine as _;
 use ostq_convert::tuning::head::Loss;
+use ostq_convert::tuning::student::{Rounded, Student};
 
 const LENGTH: usize = 20;
+const WINDOWS: usize = 3;
+/// Structures that the kernels do not know, and a word of the refusal.
+const REFUSED: [(&str, &str); 3] = [("olmo2", "norms"), ("gemma2", "SiLU"), ("gemma3", "SiLU")];
+
+/// True if a test may go without the device for this reason.
+fn skips(why: &str) -> bool {
+    let absent = why.contains("was not found") || why.contains("no device can be used");
+    if absent && std::env::var_os("OSTQ_REQUIRE_GPU").is_none() {
+        println!("SKIPPED: {why}");
+        return true;
+    }
+    false
+}
+
+fn dense() -> impl Iterator<Item = (&'static Kind, Memory)> {
+    let all = KINDS.iter().map(|k| (k, k.weights()));
+    all.filter(|(_, m)| !m.tensors.iter().any(|t| t.name.contains("_exps")))
+}
+
+fn tokens(windows: usize) -> Vec<u32> {
+    (0..windows * LENGTH).map(|i| ((i * i * 7 + i * 13) % decoder::VOCAB) as u32).collect()
+}
 
 /// Everything that a step is led by.
 fn gradients(engine: &mut dyn Engine) -> Vec<Vec<f64>> {
@@ -28,51 +62,121 @@ fn gradients(engine: &mut dyn Engine) -> Vec<Vec<f64>> {
     all
 }
 
+/// Losses and gradients over so many windows.
+fn compare(gpu: &mut dyn Engine, cpu: &mut dyn Engine, windows: usize, loss: Loss, name: &str) {
+    let ids = tokens(windows);
+    let (a, b) = (gpu.divergence(&ids).unwrap(), cpu.divergence(&ids).unwrap());
+    // a rounding that falls to the other side moves single values
+    assert!((a - b).abs() < 0.02 * b + 1e-6, "{name}: {a} {b}");
+    let (a, b) = (gpu.gradients(&ids, loss).unwrap(), cpu.gradients(&ids, loss).unwrap());
+    assert!((a - b).abs() < 0.02 * b.abs() + 1e-6, "{name}: {a} {b}");
+    for (i, (a, b)) in gradients(gpu).iter().zip(&gradients(cpu)).enumerate() {
+        let size = b.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let off = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        assert!(size > 0.0 && off < 0.05 * size, "{name}: gradient {i} is off by {off:e} of {size:e}");
+    }
+}
+
 #[test]
 fn learning_is_that_of_the_processor() {
     let path = Path::new("memory");
-    for kind in KINDS.iter() {
-        let (memory, metadata) = (kind.weights(), kind.metadata());
-        if memory.tensors.iter().any(|t| t.name.contains("_exps")) {
-            continue;
-        }
+    for (kind, memory) in dense() {
+        let metadata = kind.metadata();
         let model = Model::new(path, &memory, &metadata).unwrap();
         let anatomy = Anatomy::new(path, &memory, &metadata).unwrap();
         let admitted: Vec<Pair> = Pair::ALL.into_iter().filter(|p| anatomy.admits(*p)).collect();
         let start = decoder::random_transforms(&anatomy, &admitted, 3);
-        let ids: Vec<u32> = (0..3 * LENGTH).map(|i| ((i * i * 7 + i * 13) % decoder::VOCAB) as u32).collect();
         for (words, loss) in [
             ("w8a16", Loss::Kl),
             ("w8a16", Loss::KlTop(20)),
             ("w8a16", Loss::CrossEntropy),
             ("w8a8kv8", Loss::Kl),
             ("w8a8kv8 online", Loss::Kl),
+            ("q4_0", Loss::Kl),
+            ("q4_1", Loss::KlTop(20)),
         ] {
-            let mut simulated: ostq_convert::forward::Simulation = words.split(' ').next().unwrap().parse().unwrap();
-            simulated.online = words.contains("online");
-            let fake = |name: &str, _: usize| Some(Fake::Rows(simulated, name.contains(".ffn_down")));
-            let activations = Activations::Simulated(simulated);
-            let mut gpu = match Gpu::new(&model, &anatomy, &start, &fake, activations, (LENGTH, 3)) {
-                Ok(gpu) => gpu,
-                Err(LearningError::Device(why)) => {
-                    println!("SKIPPED {}: {why}", kind.name);
+            let simulated: Option<Simulation> = words.split(' ').next().unwrap().parse().ok();
+            let simulated = simulated.map(|s| Simulation { online: words.contains("online"), ..s });
+            let activations = match simulated {
+                Some(s) if s.inputs < 16 => Activations::Simulated(s),
+                _ => Activations::F32,
+            };
+            let fake = |name: &str, columns: usize| match simulated {
+                Some(s) => Some(Fake::Rows(s, name.contains(".ffn_down"))),
+                None => {
+                    let ty = GgmlType::from_name(words).unwrap();
+                    columns.is_multiple_of(ty.block_len()).then_some(Fake::Type(ty))
+                }
+            };
+            let name = format!("{} {words} {loss:?}", kind.name);
+            let gpu = Gpu::new(&model, &anatomy, &start, &fake, activations, (LENGTH, WINDOWS));
+            let refused = REFUSED.iter().find(|(n, _)| *n == kind.name);
+            let mut gpu = match (gpu, refused) {
+                (Ok(gpu), None) => gpu,
+                (Err(LearningError::Device(why)), Some((_, word))) => {
+                    assert!(why.contains(word), "{name}: {why}");
                     continue;
                 }
-                Err(e) => panic!("{}: {e}", kind.name),
+                (Err(LearningError::Device(why)), None) if skips(&why) => return,
+                (Err(e), _) => panic!("{name}: {e}"),
+                (Ok(_), Some(_)) => panic!("{name}: not refused"),
             };
             let network = Network::new(&model, &anatomy, &start, &fake, false).unwrap();
-            let mut cpu = Processor::new(network, activations, LENGTH, 3).unwrap();
-            let (a, b) = (gpu.divergence(&ids).unwrap(), cpu.divergence(&ids).unwrap());
-            let name = format!("{} {words} {loss:?}", kind.name);
-            assert!((a - b).abs() < 0.02 * b, "{name}: {a} {b}");
-            let (a, b) = (gpu.gradients(&ids, loss).unwrap(), cpu.gradients(&ids, loss).unwrap());
-            assert!((a - b).abs() < 0.02 * b.abs(), "{name}: {a} {b}");
-            for (i, (a, b)) in gradients(&mut gpu).iter().zip(&gradients(&mut cpu)).enumerate() {
-                let size = b.iter().map(|v| v * v).sum::<f64>().sqrt();
-                let off = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
-                // roundings that fall to the other side move single values
-                assert!(off < 0.05 * size, "{name}: gradient {i} is off by {off:e} of {size:e}");
-            }
+            let mut cpu = Processor::new(network, activations, LENGTH, WINDOWS).unwrap();
+            compare(&mut gpu, &mut cpu, WINDOWS, loss, &name);
+            // the weights are made anew from what moved, for fewer windows
+            let rates = Rates { step: 1, rotation: 1e-3, scale: 1e-3 };
+            cpu.values().step(&rates).unwrap();
+            *gpu.values() = cpu.values().clone();
+            cpu.fuse().unwrap();
+            gpu.fuse().unwrap();
+            compare(&mut gpu, &mut cpu, WINDOWS - 1, loss, &format!("{name}, moved"));
         }
+    }
+}
+
+/// Every matrix of a model, rounded.
+fn rounded(model: &Model<'_>, ty: GgmlType) -> BTreeMap<String, Rounded> {
+    let source = model.source();
+    let mut all = BTreeMap::new();
+    for (i, t) in source.tensors().iter().enumerate().filter(|(_, t)| t.dims.len() == 2) {
+        let (columns, mut x) = (t.row_len() as usize, vec![0f32; t.elements() as usize]);
+        if columns.is_multiple_of(ty.block_len()) {
+            source.read_rows(i, 0..t.rows(), &mut x);
+            let mut bytes = vec![0; x.len() / ty.block_len() * ty.block_bytes()];
+            format(ty).unwrap().encode(&x, columns, None, &mut bytes).unwrap();
+            all.insert(t.name.clone(), Rounded { ty, bytes });
+        }
+    }
+    assert!(!all.is_empty(), "{ty}");
+    all
+}
+
+#[test]
+fn tuning_is_that_of_the_processor() {
+    let recipe = Recipe { exact: true, ..Recipe::default() };
+    let input = Input::open(&fixture("tiny"), &Options::resolve(recipe).unwrap()).unwrap();
+    let model = Model::new(Path::new("tiny"), &*input.source, &input.metadata).unwrap();
+    for ty in [GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::IQ4_NL] {
+        let rounded = rounded(&model, ty);
+        let student = || Student::new(&model, &rounded, 16, false).unwrap();
+        let mut gpu = match ostq_convert::tuning::gpu::Gpu::new(student(), LENGTH, WINDOWS) {
+            Ok(gpu) => gpu,
+            Err(TuningError::Device(why)) if skips(&why) => return,
+            Err(e) => panic!("{ty}: {e}"),
+        };
+        let mut cpu = ostq_convert::tuning::engine::Processor::new(&model, student(), LENGTH, WINDOWS).unwrap();
+        let ids = tokens(WINDOWS);
+        for step in 1..=4 {
+            let adam = Adam::new(step, 1e-3, 1e-3);
+            let (a, b) = (gpu.step(&ids, &adam).unwrap(), cpu.step(&ids, &adam).unwrap());
+            assert!((a - b).abs() < 0.01 * b, "{ty} step {step}: {a} {b}");
+        }
+        // parameters go here and back without a change
+        let before = gpu.loss(&ids).unwrap();
+        gpu.pull().unwrap();
+        gpu.push().unwrap();
+        let after = gpu.loss(&ids).unwrap();
+        assert!((before - after).abs() < 1e-5 * before, "{ty}: {before} {after}");
     }
 }

@@ -150,11 +150,14 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     }
     let (learn, decide) = split(&prepared.tokens, r.length);
     let room = super::round::room(r.max_memory);
-    let (most, least) = (network::memory(model, batch, false), network::memory(model, batch, true));
+    let (most, least) = match r.device {
+        Device::Cpu => (network::memory(model, batch, false), network::memory(model, batch, true)),
+        Device::Cuda => (network::beside_device(model), network::beside_device(model)),
+    };
     if least > room {
         let (least, room) = (human(least), human(room));
-        let why =
-            format!("learning needs {least} of memory for this model; {room} are there; `learn --local` needs less");
+        let less = if r.device == Device::Cpu { "; `learn --local` needs less" } else { "" };
+        let why = format!("learning needs {least} of memory for this model; {room} are there{less}");
         return Err(Failure::new(RESOURCE, why));
     }
     let name = format!("{}({}, {} steps)", r.preset.name(), r.target, r.settings.steps);

@@ -10,6 +10,7 @@ use cudarc::driver::{
 };
 
 use super::DeviceError;
+use crate::plan::memory::human;
 
 /// An address on the device, of f32 unless said otherwise.
 pub type Ptr = u64;
@@ -69,6 +70,7 @@ pub struct BlocksArg {
     pub lo: f32,
     pub hi: f32,
     pub spacing: f32,
+    pub beyond: f32,
     pub block: i32,
     pub sub: i32,
     pub scale_lo: i32,
@@ -106,7 +108,6 @@ pub struct Cuda {
     stream: Arc<CudaStream>,
     blas: CudaBlas,
     functions: HashMap<&'static str, CudaFunction>,
-    pub name: String,
 }
 
 const KERNELS: &[&str] = &[
@@ -169,8 +170,19 @@ impl Cuda {
         for &name in KERNELS {
             functions.insert(name, module.load_function(name).map_err(|e| failed(name, e))?);
         }
-        let name = context.name().unwrap_or_default();
-        Ok(Cuda { stream, blas, functions, name })
+        Ok(Cuda { stream, blas, functions })
+    }
+
+    /// Refuses what does not fit into the memory of the device that is free.
+    pub fn room(&self, bytes: u64) -> Result<(), DeviceError> {
+        let (free, _) = self.stream.context().mem_get_info().map_err(|e| failed("its memory", e))?;
+        if bytes > free as u64 {
+            let (bytes, free) = (human(bytes), human(free as u64));
+            return Err(DeviceError::Device(format!(
+                "{bytes} of its memory are needed, {free} are free; take --device cpu"
+            )));
+        }
+        Ok(())
     }
 
     pub fn zeros(&self, n: usize) -> Result<Buffer, DeviceError> {
@@ -185,7 +197,7 @@ impl Cuda {
         Ok(buffer)
     }
 
-    /// Copies to the device what a buffer of its size holds.
+    /// Copies to the start of a buffer, which is as large at least.
     pub fn write(&self, buffer: &mut Buffer, values: &[f32]) -> Result<(), DeviceError> {
         if values.is_empty() {
             return Ok(());
@@ -233,7 +245,7 @@ impl Cuda {
         }
         let config =
             LaunchConfig { grid_dim: (grid as u32, 1, 1), block_dim: (block.0, block.1, 1), shared_mem_bytes: 0 };
-        // SAFETY: the callers in this module give each kernel its arguments in its order, with buffers that are large enough.
+        // SAFETY: the callers in this crate give each kernel its arguments in its order, with buffers that are large enough.
         unsafe { launch.launch(config) }.map_err(|e| failed(name, e))?;
         Ok(())
     }
@@ -285,7 +297,7 @@ impl Cuda {
         (c, ldc): (Ptr, usize),
     ) -> Result<(), DeviceError> {
         let i = |v: usize| v as i32;
-        // SAFETY: the shapes are those of the buffers, which the callers in this module made for them.
+        // SAFETY: the shapes are those of the buffers, which the callers in this crate made for them.
         unsafe {
             blas::sgemm(
                 *self.blas.handle(),

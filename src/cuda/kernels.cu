@@ -320,7 +320,7 @@ struct Blocks {
     float *codes, *code_m, *code_v; // moments null: codes stay
     Kind scales, offsets, d, m;     // values null: none
     const float *levels;            // a table of 16, or null: the integers lo..hi
-    float lo, hi, spacing;
+    float lo, hi, spacing, beyond;  // how far latent codes go beyond the ends
     int block, sub;
     int scale_lo, scale_hi; // of integer scales
     int offset_hi;          // of integer offsets; 0: one f16 offset, -1: none
@@ -358,7 +358,7 @@ extern "C" __global__ void step_blocks(Blocks b, const float *g, float *w, int c
     if (at >= count) return;
     int subs = b.block / b.sub;
     float slope_d = 0.0f, slope_m = 0.0f;
-    float lo = b.lo - 0.45f * b.spacing, hi = b.hi + 0.45f * b.spacing;
+    float lo = b.lo - b.beyond, hi = b.hi + b.beyond;
     if (g) {
         for (int s = 0; s < subs; s++) {
             size_t sub = (size_t)at * subs + s, from = sub * b.sub;
@@ -497,7 +497,7 @@ extern "C" __global__ void fake_back(float *g, const float *w, const float *made
     if (at >= runs) return;
     size_t from = (size_t)at * run;
     float along = 0.0f, most = -3.4e38f, least = -3.4e38f;
-    int high = run, low = run;
+    int high = 0, low = 0;
     for (int i = lane; i < run; i += 32) {
         float v = w[from + i], key = offsets ? v : fabsf(v);
         along += g[from + i] * (made[from + i] - v);

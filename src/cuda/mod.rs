@@ -6,8 +6,11 @@
 //! layers stay on the device. Sums by cuBLAS and atomic additions have no fixed order: results agree with the processor's
 //! within rounding.
 
+pub mod buffers;
 pub mod device;
 pub mod network;
+pub mod simulated;
+pub mod weights;
 
 use crate::forward::ForwardError;
 

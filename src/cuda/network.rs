@@ -1,16 +1,15 @@
 //! The float model and a rounded one on the device, forward and back.
 
 use super::DeviceError;
+use super::buffers::{Kept, ROWS, Scratch, Sizes};
 use super::device::{Arg, Buffer, Cuda, Kind, Ptr, Strided, at};
+use super::simulated::{Simulated, Turn};
+use super::weights::{Layer, Weight};
 use crate::forward::backward::layer::{LayerBack, Norm, Slot};
 use crate::forward::spec::{Activation, RopeStyle};
 use crate::forward::{Activations, Model, Simulation, Spec};
-use crate::linalg::hadamard::{Fast, order};
 use crate::tuning::head::Loss;
 use Arg::{F, I, P};
-
-/// Positions whose logits are on the device at a time.
-const ROWS: usize = 1024;
 
 /// Refuses what the kernels do not do.
 pub fn admitted(model: &Model<'_>) -> Result<(), DeviceError> {
@@ -25,68 +24,15 @@ pub fn admitted(model: &Model<'_>) -> Result<(), DeviceError> {
     if (0..s.layers).any(|l| s.window_of(l).is_some()) {
         return refused("sliding windows are not there yet");
     }
+    let layer = LayerBack::new(model.layer(0, Activations::F32)?, s)?;
+    let norms = layer.norms();
+    if norms[Norm::AfterAttention as usize].or(norms[Norm::AfterFeedForward as usize]).is_some() {
+        return refused("norms behind the branches are not there yet");
+    }
+    if [Norm::Q, Norm::K].into_iter().filter_map(|n| norms[n as usize]).any(|w| w.len() != s.head_dim) {
+        return refused("norms of all heads together are not there yet");
+    }
     Ok(())
-}
-
-/// The weight of a linear \[rows, columns\], and its bias.
-pub struct Weight {
-    pub w: Buffer,
-    pub rows: usize,
-    pub columns: usize,
-    pub bias: Option<Buffer>,
-}
-
-impl Weight {
-    pub fn new(gpu: &Cuda, w: &[f32], columns: usize, bias: Option<&[f32]>) -> Result<Weight, DeviceError> {
-        let bias = bias.map(|b| gpu.upload(b)).transpose()?;
-        Ok(Weight { w: gpu.upload(w)?, rows: w.len() / columns, columns, bias })
-    }
-
-    /// `out = x Wᵀ + b` for `rows` rows.
-    fn forward(&self, gpu: &Cuda, out: Ptr, x: Ptr, rows: usize) -> Result<(), DeviceError> {
-        gpu.product(out, x, self.w.ptr(), (rows, self.rows, self.columns))?;
-        match &self.bias {
-            Some(b) => {
-                let count = rows * self.rows;
-                gpu.each("add_bias", count, &[P(out), P(b.ptr()), I(self.rows as i32), I(count as i32)])
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// `dx = dy W + beta dx`.
-    fn back(&self, gpu: &Cuda, dx: Ptr, dy: Ptr, rows: usize, beta: f32) -> Result<(), DeviceError> {
-        gpu.product_back(dx, dy, self.w.ptr(), (rows, self.columns, self.rows), beta)
-    }
-}
-
-/// A layer of either model.
-pub struct Layer {
-    pub linears: [Weight; 7],
-    pub norms: [Option<Buffer>; 6],
-    rotates: bool,
-}
-
-impl Layer {
-    /// The weights of `layer`.
-    pub fn new(gpu: &Cuda, layer: &LayerBack, rotates: bool) -> Result<Layer, DeviceError> {
-        let weight = |slot| {
-            let linear = layer.linear(slot);
-            Weight::new(gpu, &linear.weight, linear.inputs, linear.bias.as_deref())
-        };
-        let linears = Slot::ALL.into_iter().map(weight).collect::<Result<Vec<_>, _>>()?;
-        let [a, b, c, d, e, f] = layer.norms().map(|w| w.map(|w| gpu.upload(w)).transpose());
-        let linears = linears.try_into().unwrap_or_else(|_| unreachable!("seven linears"));
-        Ok(Layer { linears, norms: [a?, b?, c?, d?, e?, f?], rotates })
-    }
-
-    fn of(&self, slot: Slot) -> &Weight {
-        &self.linears[slot as usize]
-    }
-
-    fn norm(&self, norm: Norm) -> Option<Ptr> {
-        self.norms[norm as usize].as_ref().map(Buffer::ptr)
-    }
 }
 
 /// What becomes of the gradients that a backward pass finds, as [`crate::forward::backward::layer::Sink`] on the processor.
@@ -106,101 +52,6 @@ pub trait Sink {
 
     /// `gradient` is that at the weight of a norm, which may change.
     fn norm(&mut self, gpu: &Cuda, at: (usize, Norm), w: &Buffer, gradient: &Buffer) -> Result<(), DeviceError>;
-}
-
-/// A simulated precision, and its rotations where they are online: of keys, of the input of the down matrix, and their orders.
-struct Simulated {
-    of: Simulation,
-    keys: Option<(Buffer, usize)>,
-    down: Option<(Buffer, usize)>,
-}
-
-impl Simulated {
-    fn new(gpu: &Cuda, of: Simulation, spec: &Spec, feed_forward: usize) -> Result<Simulated, DeviceError> {
-        let turn = |n: usize| of.online.then(|| hadamard(gpu, n)).transpose();
-        Ok(Simulated { keys: turn(spec.head_dim)?, down: turn(feed_forward)?, of })
-    }
-
-    /// Rounds rows of `columns` values behind a rotation, if there is one; `part` is as large as `x`.
-    fn round(
-        gpu: &Cuda,
-        (x, part): (Ptr, Ptr),
-        (rows, columns): (usize, usize),
-        bits: u8,
-        turn: &Option<(Buffer, usize)>,
-    ) -> Result<(), DeviceError> {
-        if bits >= 16 {
-            return Ok(());
-        }
-        turned(gpu, (x, part), (rows, columns), turn, |x| {
-            gpu.run("asymmetric", rows, (256, 1), &[P(x), I(columns as i32), I(i32::from(bits))])
-        })
-    }
-}
-
-/// `H / √n` of the order for `n` columns, and that order.
-pub fn hadamard(gpu: &Cuda, n: usize) -> Result<(Buffer, usize), DeviceError> {
-    let (m, fast) = (order(n), Fast::new(n));
-    let mut h = vec![0f32; m * m];
-    (0..m).for_each(|i| h[i * m + i] = 1.0);
-    fast.apply(&mut h);
-    Ok((gpu.upload(&h)?, m))
-}
-
-/// Does something with `x` behind a rotation, and turns it back; without one, with `x` as it is.
-pub fn turned(
-    gpu: &Cuda,
-    (x, part): (Ptr, Ptr),
-    (rows, columns): (usize, usize),
-    turn: &Option<(Buffer, usize)>,
-    what: impl FnOnce(Ptr) -> Result<(), DeviceError>,
-) -> Result<(), DeviceError> {
-    let Some((h, m)) = turn else { return what(x) };
-    let shape = (rows * (columns / m), *m, *m);
-    gpu.product_back(part, x, h.ptr(), shape, 0.0)?;
-    what(part)?;
-    gpu.product(x, part, h.ptr(), shape)
-}
-
-/// What a layer's forward pass leaves to its backward pass.
-struct Kept {
-    raw_q: Buffer,
-    raw_k: Buffer,
-    q: Buffer,
-    k: Buffer,
-    v: Buffer,
-    p: Buffer,
-    attended: Buffer,
-    middle: Buffer,
-    gate: Buffer,
-    up: Buffer,
-    /// The layer's output.
-    out: Buffer,
-}
-
-/// Buffers that are used again and again.
-struct Scratch {
-    tokens: Buffer,
-    x: Buffer,
-    normed: Buffer,
-    hidden: Buffer,
-    branch: Buffer,
-    d: Buffer,
-    d_branch: Buffer,
-    d_wide: Buffer,
-    d_q: Buffer,
-    d_k: Buffer,
-    d_v: Buffer,
-    d_input: Buffer,
-    d_p: Buffer,
-    inverse: Buffer,
-    teacher: Buffer,
-    logits: Buffer,
-    wanted: Buffer,
-    sums: Buffer,
-    /// Of a weight, and of a norm's.
-    gradient: Buffer,
-    norm_gradient: Buffer,
 }
 
 /// A rotation of the stream \[n, n\] and the sum of its gradients.
@@ -260,10 +111,14 @@ impl Network {
     ) -> Result<Network, DeviceError> {
         let spec = model.spec.clone();
         let (n, vocab, tokens) = (spec.embed, model.vocab, length * batch);
-        let (q, kv, ff) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, model.feed_forward());
+        let ff = model.feed_forward();
         let (mut layers, mut float) = (Vec::new(), Vec::new());
         for (l, layer) in start.layers.iter().enumerate() {
             let original = LayerBack::new(model.layer(l, Activations::F32)?, &spec)?;
+            if start.simulation.is_some_and(|s| s.online) && layer.linear(Slot::Down).inputs != ff {
+                let why = "online rotations of layers of different widths are not there yet; take --device cpu";
+                return Err(DeviceError::Device(why.into()));
+            }
             layers.push(Layer::new(gpu, layer, spec.has_rope(l))?);
             float.push(Layer::new(gpu, &original, spec.has_rope(l))?);
         }
@@ -276,45 +131,9 @@ impl Network {
         };
         let (table_of_angles, _) = model.rope_tables(length)?;
         let (cos, sin) = table_of_angles.values();
-        let z = |n: usize| gpu.zeros(n);
-        let kept = || -> Result<Kept, DeviceError> {
-            Ok(Kept {
-                raw_q: z(tokens * q)?,
-                raw_k: z(tokens * kv)?,
-                q: z(tokens * q)?,
-                k: z(tokens * kv)?,
-                v: z(tokens * kv)?,
-                p: z(tokens * length * spec.heads)?,
-                attended: z(tokens * q)?,
-                middle: z(tokens * n)?,
-                gate: z(tokens * ff)?,
-                up: z(tokens * ff)?,
-                out: z(tokens * n)?,
-            })
-        };
-        let widest = (q * n).max(n * ff);
-        let s = Scratch {
-            tokens: z(tokens)?,
-            x: z(tokens * n)?,
-            normed: z(tokens * n)?,
-            hidden: z(tokens * ff)?,
-            branch: z(tokens * n)?,
-            d: z(tokens * n)?,
-            d_branch: z(tokens * n)?,
-            d_wide: z(tokens * q.max(ff))?,
-            d_q: z(tokens * q)?,
-            d_k: z(tokens * kv)?,
-            d_v: z(tokens * kv)?,
-            d_input: z(tokens * n.max(q))?,
-            d_p: z(tokens * length * spec.heads)?,
-            inverse: z(tokens * spec.heads)?,
-            teacher: z(tokens * n)?,
-            logits: z(ROWS * vocab)?,
-            wanted: z(ROWS * vocab)?,
-            sums: z(2 * tokens)?,
-            gradient: z(widest)?,
-            norm_gradient: z(n.max(spec.head_dim))?,
-        };
+        let sizes = Sizes::of(model, tokens, length);
+        let kept = || Kept::new(gpu, sizes);
+        let s = Scratch::new(gpu, sizes)?;
         Ok(Network {
             embedding: Weight::new(gpu, start.embedding, n, None)?,
             output: start.output.map(|w| Weight::new(gpu, w, n, None)).transpose()?,
@@ -334,6 +153,11 @@ impl Network {
             vocab,
             spec,
         })
+    }
+
+    /// The online rotation of inputs and rows of the down matrix.
+    pub fn down(&self) -> Option<Turn> {
+        self.simulated.as_ref().and_then(|s| s.down.clone())
     }
 
     /// Σ KL over the positions of `tokens`.

@@ -7,10 +7,13 @@ use super::LearningError;
 use super::engine::Engine;
 use super::fake::Fake;
 use super::maps::{Line, Turn, Values, scales_mut};
-use super::network::{Base, HELD, held, set_up};
+use super::network::{Base, HELD, held, originals};
 use crate::cuda::DeviceError;
+use crate::cuda::buffers::{Sizes, memory};
 use crate::cuda::device::{Arg, Buffer, Cuda, Kind, Ptr, Strided, at};
-use crate::cuda::network::{self, Back, Network, Sink, Start, StreamTurn, Weight, admitted};
+use crate::cuda::network::{Back, Network, Sink, Start, StreamTurn, admitted};
+use crate::cuda::simulated::{Turn as Online, turned};
+use crate::cuda::weights::{self, Weight};
 use crate::formats::grid::Offsets;
 use crate::forward::backward::layer::{Norm, Slot};
 use crate::forward::{Activations, Model, interrupted};
@@ -50,7 +53,7 @@ struct Maps {
     sums: Buffer,
     read: Vec<f32>,
     /// Online rotations of rows of the down matrix.
-    down: Option<(Buffer, usize)>,
+    down: Option<Online>,
 }
 
 /// The GPU.
@@ -133,7 +136,7 @@ impl Maps {
     }
 
     /// Makes the weights of layer `l` and rounds them.
-    fn fuse(&mut self, gpu: &Cuda, l: usize, to: &mut network::Layer) -> Result<(), DeviceError> {
+    fn fuse(&mut self, gpu: &Cuda, l: usize, to: &mut weights::Layer) -> Result<(), DeviceError> {
         for slot in Slot::ALL {
             let o = &self.layers[l].base.linears[slot as usize];
             let lines = [&o.map.before, &o.map.after, &o.map.rows]
@@ -155,7 +158,7 @@ impl Maps {
                 Some(Fake::Rows(s, down)) if s.weights < 16 => {
                     let turn = if down { &self.down } else { &None };
                     let x = (weight.w.ptr(), self.z[4].ptr());
-                    network::turned(gpu, x, (rows, columns), turn, |x| {
+                    turned(gpu, x, (rows, columns), turn, |x| {
                         gpu.run("symmetric", rows, (256, 1), &[P(x), I(columns as i32), I(i32::from(s.weights))])
                     })?;
                 }
@@ -323,10 +326,12 @@ impl Gpu {
     ) -> Result<Gpu, LearningError> {
         admitted(model)?;
         let gpu = Cuda::open()?;
+        let own = model.layer_bytes() * (model.spec.layers as u64 + 5);
+        gpu.room(memory(model, Sizes::of(model, length * batch, length)) + own)?;
         let (spec, values) = (&model.spec, Values::new(start, anatomy));
         let (mut layers, mut made) = (Vec::new(), Vec::new());
         for l in 0..spec.layers {
-            let (mut base, layer) = set_up(model, anatomy, &values, fake, l)?;
+            let (mut base, mut layer) = originals(model, anatomy, &values, fake, l)?;
             let weights = base.linears.each_ref().map(|o| gpu.upload(&o.weight));
             let [a, b, c, d, e, f, g] = weights;
             let heads = match &values.layers[l].r_ov[..] {
@@ -336,8 +341,12 @@ impl Gpu {
                     Some(Heads { r: gpu.upload(&r)?, gradient: gpu.zeros(r.len())? })
                 }
             };
-            // they are on the device now
-            base.linears.iter_mut().for_each(|o| o.weight = Vec::new());
+            // they are on the device now, where what is made of them gets its place, too
+            for (slot, o) in Slot::ALL.into_iter().zip(&mut base.linears) {
+                let made = layer.linear_mut(slot);
+                made.weight = vec![0.0; std::mem::take(&mut o.weight).len()];
+                made.bias = o.bias.clone();
+            }
             layers.push(Layer {
                 base,
                 weights: [a?, b?, c?, d?, e?, f?, g?],
@@ -370,8 +379,7 @@ impl Gpu {
         let longest = made.iter().flat_map(|l| Slot::ALL.map(|s| l.linear(s).inputs.max(l.linear(s).outputs()))).max();
         let z = [(); 5].map(|()| gpu.zeros(widest));
         let [a, b, c, d, e] = z;
-        let online = simulation.is_some_and(|s| s.online && s.weights < 16);
-        let down = online.then(|| network::hadamard(&gpu, model.feed_forward())).transpose()?;
+        let down = network.down();
         let maps = Maps {
             stream: network.stream.as_ref().map(|s| (s.r.ptr(), s.gradient.ptr())),
             z: [a?, b?, c?, d?, e?],
@@ -384,11 +392,6 @@ impl Gpu {
         let mut own = Gpu { gpu, network, maps, span: length * batch };
         own.fuse()?;
         Ok(own)
-    }
-
-    /// The device's name.
-    pub fn name(&self) -> &str {
-        &self.gpu.name
     }
 
     /// Adds what the device summed up to the gradients of rotations, and begins anew.

@@ -97,8 +97,7 @@ pub fn run(
     let io = |source| LearningError::Io { file: path.clone(), source };
     let own = |f: &Done| (&f.version, &f.key, &f.settings) == (&done.version, &done.key, &done.settings);
     if let Some(found) = resume::load(&path, values.state(), own).map_err(io)? {
-        values.rotations().for_each(|r| r.refresh());
-        values.all_scales().for_each(|s| s.refresh());
+        values.refresh();
         watch.resumed(found.layers);
         done = found;
     }

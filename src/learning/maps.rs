@@ -10,6 +10,10 @@
 //! each where the linear has it. Back, with `G` the gradient by `W'`: `dR = Z4 Gᵀ`, then `R G`; scales by logarithm are sums
 //! of gradient times value; `dR = Z1ᵀ G2`.
 
+use std::borrow::Cow;
+
+use rayon::prelude::*;
+
 use super::LearningError;
 use super::manifold::{Rates, Rotation, Scales};
 use crate::forward::backward::layer::Slot;
@@ -183,6 +187,32 @@ pub(super) enum Turn {
     Heads,
 }
 
+/// Matrices on the way to `W'` that the way back needs.
+pub(super) struct Steps<'a> {
+    z1: Cow<'a, [f32]>,
+    /// None: as `Z1`.
+    z3: Option<Vec<f32>>,
+    /// None: as `Z3`.
+    z4: Option<Vec<f32>>,
+    /// `W'`; none: as `Z4`.
+    made: Option<Vec<f32>>,
+}
+
+impl Steps<'_> {
+    fn z3(&self) -> &[f32] {
+        self.z3.as_deref().unwrap_or(&self.z1)
+    }
+
+    fn z4(&self) -> &[f32] {
+        self.z4.as_deref().unwrap_or_else(|| self.z3())
+    }
+
+    /// `W'`.
+    pub fn made(&self) -> &[f32] {
+        self.made.as_deref().unwrap_or_else(|| self.z4())
+    }
+}
+
 /// The map of one linear.
 #[derive(Clone, Debug)]
 pub struct Map {
@@ -240,56 +270,64 @@ impl Map {
 
     /// `W'` of `w` \[rows, columns\].
     pub fn apply(&self, w: &[f32], columns: usize, v: &Values, layer: usize) -> Vec<f32> {
-        self.steps(w, columns, v, layer).pop().expect("the last step")
-    }
-
-    /// `Z1`, `Z2`, `Z3`, `Z4`, `W'`.
-    pub(super) fn steps(&self, w: &[f32], columns: usize, v: &Values, layer: usize) -> Vec<Vec<f32>> {
         let l = &v.layers[layer];
-        let line = |s: &Option<Line>| s.as_ref().and_then(|s| s.values(l));
-        let mut z = w.to_vec();
-        scale_columns(&mut z, columns, &line(&self.before));
-        let mut all = vec![z];
-        let next = self.turn_columns(&all[0], columns, v, l);
-        all.push(next);
-        let mut z = all[1].clone();
-        scale_columns(&mut z, columns, &line(&self.after));
-        all.push(z.clone());
-        scale_rows(&mut z, columns, &line(&self.rows));
-        let last = self.turn_rows(&z, columns, v, l);
-        all.push(z);
-        all.push(last);
-        all
+        let mut z = Cow::Borrowed(w);
+        scale(&mut z, columns, &line(&self.before, l), scale_columns);
+        if let Some(turned) = self.turn_columns(&z, columns, v, l) {
+            z = Cow::Owned(turned);
+        }
+        scale(&mut z, columns, &line(&self.after, l), scale_columns);
+        scale(&mut z, columns, &line(&self.rows, l), scale_rows);
+        self.turn_rows(&z, columns, v, l).unwrap_or_else(|| owned(z))
     }
 
-    fn turn_columns(&self, z: &[f32], columns: usize, v: &Values, l: &LayerValues) -> Vec<f32> {
+    /// What the way back needs of the way to `W'`.
+    pub(super) fn steps<'a>(&self, w: &'a [f32], columns: usize, v: &Values, layer: usize) -> Steps<'a> {
+        let l = &v.layers[layer];
+        let mut z1 = Cow::Borrowed(w);
+        scale(&mut z1, columns, &line(&self.before, l), scale_columns);
+        let mut z3 = self.turn_columns(&z1, columns, v, l);
+        if let Some(s) = line(&self.after, l) {
+            scale_columns(z3.get_or_insert_with(|| copy(&z1)), columns, &s);
+        }
+        let z4 = line(&self.rows, l).map(|s| {
+            let mut z = copy(z3.as_deref().unwrap_or(&z1));
+            scale_rows(&mut z, columns, &s);
+            z
+        });
+        let made = self.turn_rows(z4.as_deref().or(z3.as_deref()).unwrap_or(&z1), columns, v, l);
+        Steps { z1, z3, z4, made }
+    }
+
+    /// `Z R`; none where nothing turns.
+    fn turn_columns(&self, z: &[f32], columns: usize, v: &Values, l: &LayerValues) -> Option<Vec<f32>> {
         match (self.columns, &v.r_res) {
             (Turn::Stream, Some(r)) => {
                 let mut out = vec![0.0; z.len()];
                 product_back(z, &r.single, columns, &mut out);
-                out
+                Some(out)
             }
             (Turn::Heads, _) if !l.r_ov.is_empty() => {
-                let mut out = z.to_vec();
+                let mut out = vec![0.0; z.len()];
                 self.each_head(columns, |h, own| {
                     let part = gather(z, columns, own.clone());
                     let mut turned = vec![0.0; part.len()];
                     product_back(&part, &l.r_ov[h].single, self.head, &mut turned);
                     scatter(&mut out, columns, own, &turned);
                 });
-                out
+                Some(out)
             }
-            _ => z.to_vec(),
+            _ => None,
         }
     }
 
-    /// `Rᵀ Z`.
-    fn turn_rows(&self, z: &[f32], columns: usize, v: &Values, l: &LayerValues) -> Vec<f32> {
+    /// `Rᵀ Z`; none where nothing turns.
+    fn turn_rows(&self, z: &[f32], columns: usize, v: &Values, l: &LayerValues) -> Option<Vec<f32>> {
         match (self.turned, &v.r_res) {
             (Turn::Stream, Some(r)) => {
                 let mut out = vec![0.0; z.len()];
                 add_cross(&mut out, &r.single, z, r.n, columns);
-                out
+                Some(out)
             }
             (Turn::Heads, _) if !l.r_ov.is_empty() => {
                 let mut out = vec![0.0; z.len()];
@@ -297,9 +335,9 @@ impl Map {
                 for ((r, z), out) in l.r_ov.iter().zip(z.chunks_exact(size)).zip(out.chunks_exact_mut(size)) {
                     add_cross(out, &r.single, z, self.head, columns);
                 }
-                out
+                Some(out)
             }
-            _ => z.to_vec(),
+            _ => None,
         }
     }
 
@@ -311,52 +349,50 @@ impl Map {
     /// Adds to the gradients of `v` what `g`, the gradient at `W'` of `w`, brings.
     pub fn back(&self, w: &[f32], columns: usize, g: &[f32], v: &mut Values, layer: usize) {
         let steps = self.steps(w, columns, v, layer);
-        self.back_through(steps, columns, g, v, layer);
+        self.back_through(&steps, columns, g.to_vec(), v, layer);
     }
 
     /// The same from the [`Map::steps`] of `w`.
     pub(super) fn back_through(
         &self,
-        mut steps: Vec<Vec<f32>>,
+        steps: &Steps<'_>,
         columns: usize,
-        g: &[f32],
+        mut g: Vec<f32>,
         v: &mut Values,
         layer: usize,
     ) {
-        steps.pop();
-        let (z4, z3) = (steps.pop().expect("five steps"), steps.pop().expect("five steps"));
-        let (_, z1) = (steps.pop().expect("five steps"), steps.pop().expect("five steps"));
+        let (z1, z3, z4) = (&steps.z1, steps.z3(), steps.z4());
         let Values { r_res, layers } = v;
         let l = &mut layers[layer];
-        let mut g = g.to_vec();
         // W' = Rᵀ Z4
         match (self.turned, &mut *r_res) {
-            (Turn::Stream, Some(r)) => turn_rows_back(r, &z4, &mut g, columns),
+            (Turn::Stream, Some(r)) => g = turn_rows_back(r, z4, &g, columns),
             (Turn::Heads, _) => {
                 let size = self.head * columns;
                 for ((r, z), g) in l.r_ov.iter_mut().zip(z4.chunks_exact(size)).zip(g.chunks_exact_mut(size)) {
-                    turn_rows_back(r, z, g, columns);
+                    g.copy_from_slice(&turn_rows_back(r, z, g, columns));
                 }
             }
             _ => {}
         }
         // Z4 = diag(rows) Z3
-        if let Some(line) = &self.rows {
+        if let (Some(line), Some(s)) = (&self.rows, line(&self.rows, l)) {
             let row = |(g, z): (&[f32], &[f32])| g.iter().zip(z).map(|(g, z)| f64::from(g * z)).sum::<f64>();
-            let sums: Vec<f64> = g.chunks_exact(columns).zip(z4.chunks_exact(columns)).map(row).collect();
-            scale_rows(&mut g, columns, &line.values(l));
+            let sums: Vec<f64> =
+                g.par_chunks(columns).zip(z4.par_chunks(columns)).with_min_len(ROWS).map(row).collect();
+            scale_rows(&mut g, columns, &s);
             line.add(l, &sums);
         }
         // Z3 = Z2 diag(after)
-        if let Some(line) = &self.after {
-            let sums = along_columns(&g, &z3, columns);
-            scale_columns(&mut g, columns, &line.values(l));
+        if let (Some(line), Some(s)) = (&self.after, line(&self.after, l)) {
+            let sums = along_columns(&g, z3, columns);
+            scale_columns(&mut g, columns, &s);
             line.add(l, &sums);
         }
         // Z2 = Z1 R
         match (self.columns, &mut *r_res) {
             (Turn::Stream, Some(r)) => {
-                add_cross(&mut r.gradient, &z1, &g, z1.len() / columns, columns);
+                add_cross(&mut r.gradient, z1, &g, z1.len() / columns, columns);
                 if self.before.is_some() {
                     let mut out = vec![0.0; g.len()];
                     product(&g, &r.single, columns, &mut out);
@@ -365,7 +401,7 @@ impl Map {
             }
             (Turn::Heads, _) if !l.r_ov.is_empty() => self.each_head(columns, |h, own| {
                 let r = &mut l.r_ov[h];
-                let (z, part) = (gather(&z1, columns, own.clone()), gather(&g, columns, own.clone()));
+                let (z, part) = (gather(z1, columns, own.clone()), gather(&g, columns, own.clone()));
                 add_cross(&mut r.gradient, &z, &part, z.len() / self.head, self.head);
                 let mut out = vec![0.0; part.len()];
                 product(&part, &r.single, self.head, &mut out);
@@ -375,40 +411,78 @@ impl Map {
         }
         // Z1 = W diag(before)
         if let Some(line) = &self.before {
-            line.add(l, &along_columns(&g, &z1, columns));
+            line.add(l, &along_columns(&g, z1, columns));
         }
     }
 }
 
 /// Back through `W = Rᵀ Z`: `dR += Z Gᵀ`, `G ← R G`.
-fn turn_rows_back(r: &mut Rotation, z: &[f32], g: &mut [f32], columns: usize) {
+fn turn_rows_back(r: &mut Rotation, z: &[f32], g: &[f32], columns: usize) -> Vec<f32> {
     let mut part = vec![0.0; r.n * r.n];
     product(z, g, columns, &mut part);
     r.gradient.iter_mut().zip(&part).for_each(|(g, p)| *g += p);
     let mut out = vec![0.0; g.len()];
     product_back(&r.single, g, r.n, &mut out);
-    g.copy_from_slice(&out);
+    out
 }
+
+/// Rows of a task, and of a part of a sum.
+const ROWS: usize = 64;
 
 /// Σ over rows of g z, for each column.
 fn along_columns(g: &[f32], z: &[f32], columns: usize) -> Vec<f64> {
+    let part = |(g, z): (&[f32], &[f32])| {
+        let mut sums = vec![0f64; columns];
+        for (g, z) in g.chunks_exact(columns).zip(z.chunks_exact(columns)) {
+            sums.iter_mut().zip(g.iter().zip(z)).for_each(|(s, (g, z))| *s += f64::from(g * z));
+        }
+        sums
+    };
+    let parts: Vec<Vec<f64>> = g.par_chunks(ROWS * columns).zip(z.par_chunks(ROWS * columns)).map(part).collect();
     let mut sums = vec![0f64; columns];
-    for (g, z) in g.chunks_exact(columns).zip(z.chunks_exact(columns)) {
-        sums.iter_mut().zip(g.iter().zip(z)).for_each(|(s, (g, z))| *s += f64::from(g * z));
-    }
+    parts.iter().for_each(|p| sums.iter_mut().zip(p).for_each(|(s, p)| *s += p));
     sums
 }
 
-fn scale_columns(z: &mut [f32], columns: usize, s: &Option<Vec<f32>>) {
-    if let Some(s) = s {
-        z.chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(s).for_each(|(z, s)| *z *= s));
+/// The scales of a line as they are now.
+fn line(line: &Option<Line>, l: &LayerValues) -> Option<Vec<f32>> {
+    line.as_ref().and_then(|line| line.values(l))
+}
+
+/// A copy made by all threads.
+fn copy(z: &[f32]) -> Vec<f32> {
+    const PIECE: usize = 1 << 16;
+    let mut out = vec![0.0; z.len()];
+    out.par_chunks_mut(PIECE).zip(z.par_chunks(PIECE)).for_each(|(out, z)| out.copy_from_slice(z));
+    out
+}
+
+fn owned(z: Cow<'_, [f32]>) -> Vec<f32> {
+    match z {
+        Cow::Borrowed(z) => copy(z),
+        Cow::Owned(z) => z,
     }
 }
 
-fn scale_rows(z: &mut [f32], columns: usize, s: &Option<Vec<f32>>) {
+/// Scales a matrix where there are scales.
+fn scale(z: &mut Cow<'_, [f32]>, columns: usize, s: &Option<Vec<f32>>, by: fn(&mut [f32], usize, &[f32])) {
     if let Some(s) = s {
-        z.chunks_exact_mut(columns).zip(s).for_each(|(row, s)| row.iter_mut().for_each(|z| *z *= s));
+        let mut own = owned(std::mem::take(z));
+        by(&mut own, columns, s);
+        *z = Cow::Owned(own);
     }
+}
+
+fn scale_columns(z: &mut [f32], columns: usize, s: &[f32]) {
+    z.par_chunks_mut(ROWS * columns).for_each(|z| {
+        z.chunks_exact_mut(columns).for_each(|row| row.iter_mut().zip(s).for_each(|(z, s)| *z *= s));
+    });
+}
+
+fn scale_rows(z: &mut [f32], columns: usize, s: &[f32]) {
+    z.par_chunks_mut(ROWS * columns).zip(s.par_chunks(ROWS)).for_each(|(z, s)| {
+        z.chunks_exact_mut(columns).zip(s).for_each(|(row, s)| row.iter_mut().for_each(|z| *z *= s));
+    });
 }
 
 /// Some columns of a matrix.

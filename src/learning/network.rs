@@ -64,10 +64,10 @@ impl Sink for Back<'_> {
         let mut g = vec![0f32; linear.weight.len()];
         add_cross(&mut g, dy, x, x.len() / o.columns, o.columns);
         let steps = o.map.steps(&o.weight, o.columns, self.values, self.layer);
-        if let (Some(fake), Some(made)) = (o.fake, steps.last()) {
-            fake.back(made, &linear.weight, &mut g, o.columns);
+        if let Some(fake) = o.fake {
+            fake.back(steps.made(), &linear.weight, &mut g, o.columns);
         }
-        o.map.back_through(steps, o.columns, &g, self.values, self.layer);
+        o.map.back_through(&steps, o.columns, g, self.values, self.layer);
         if let Some(bias) = &o.bias {
             let mut g = vec![0f32; bias.len()];
             dy.chunks_exact(bias.len()).for_each(|row| kernels::add(&mut g, row));
@@ -91,6 +91,12 @@ pub fn memory(model: &Model<'_>, tokens: usize, again: bool) -> u64 {
     let layers = model.layer_bytes() * (2 * model.spec.layers as u64 + 6);
     let kept = if again { kept / model.spec.layers.max(1) as u64 } else { kept };
     layers + crate::tuning::student::least(model, tokens) + kept
+}
+
+/// Bytes that learning takes here where the steps are done on a device.
+pub fn beside_device(model: &Model<'_>) -> u64 {
+    // layers on their way, embedding and head of both models
+    (256 << 20) + 6 * model.layer_bytes() + (4 * model.vocab * model.spec.embed * 4) as u64
 }
 
 impl<'a> Network<'a> {
@@ -190,8 +196,21 @@ impl<'a> Network<'a> {
     }
 }
 
-/// Layer `l` of the model, and what its weights are made from; made once.
+/// Layer `l` of the model, its weights made once, and what they are made from.
 pub(super) fn set_up(
+    model: &Model<'_>,
+    anatomy: &Anatomy,
+    values: &Values,
+    fake: &(dyn Fn(&str, usize) -> Option<Fake> + Sync),
+    l: usize,
+) -> Result<(Base, LayerBack), LearningError> {
+    let (base, mut layer) = originals(model, anatomy, values, fake, l)?;
+    fuse(&base, &mut layer, values, l);
+    Ok((base, layer))
+}
+
+/// What the weights of layer `l` are made from, and the layer without weights and biases of linears.
+pub(super) fn originals(
     model: &Model<'_>,
     anatomy: &Anatomy,
     values: &Values,
@@ -220,9 +239,7 @@ pub(super) fn set_up(
         let (map, bias) = (Map::of(slot, l, anatomy), linear.bias.take());
         Original { weight, bias, columns, map, fake: fake(&linear.name, columns) }
     });
-    let base = Base { linears, norms: [layer.attn_norm.clone(), layer.ffn_norm.clone()] };
-    fuse(&base, &mut layer, values, l);
-    Ok((base, layer))
+    Ok((Base { linears, norms: [layer.attn_norm.clone(), layer.ffn_norm.clone()] }, layer))
 }
 
 /// Makes the weights of layer `l` from the transforms as they are now.

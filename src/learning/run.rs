@@ -126,6 +126,7 @@ fn copy(engine: &mut dyn Engine) -> Vec<Vec<f64>> {
     engine.values().state().into_iter().map(|v| v.clone()).collect()
 }
 
+/// The weights stay those of the last step.
 fn paste(engine: &mut dyn Engine, values: &[Vec<f64>]) {
     engine.values().state().into_iter().zip(values).for_each(|(to, from)| to.copy_from_slice(from));
     engine.values().refresh();

@@ -113,6 +113,8 @@ pub struct Shape {
     /// The lowest level and the highest.
     pub ends: (f32, f32),
     pub spacing: f32,
+    /// How far latent codes go beyond the ends.
+    pub beyond: f32,
     /// Sixteen levels, the last repeated; none: integers.
     pub table: Option<Vec<f32>>,
     /// Integer scales from, to.
@@ -212,6 +214,7 @@ impl Blocks {
             sub: self.grid.sub,
             ends: self.levels.ends(),
             spacing: self.spacing,
+            beyond: INSIDE * 0.5 * self.spacing,
             table,
             scales,
             offset_hi,

@@ -8,8 +8,10 @@ use super::engine::Engine;
 use super::head::Loss;
 use super::student::Student;
 use crate::cuda::DeviceError;
+use crate::cuda::buffers::{Sizes, memory};
 use crate::cuda::device::{AdamArg, Arg, BlocksArg, Buffer, Cuda, KindArg, Ptr};
-use crate::cuda::network::{Back, Network, Sink, Start, Weight, admitted};
+use crate::cuda::network::{Back, Network, Sink, Start, admitted};
+use crate::cuda::weights::Weight;
 use crate::forward::backward::layer::{Norm, Slot};
 use crate::forward::interrupted;
 
@@ -67,6 +69,7 @@ impl DeviceBlocks {
             lo: shape.ends.0,
             hi: shape.ends.1,
             spacing: shape.spacing,
+            beyond: shape.beyond,
             block: shape.block as i32,
             sub: shape.sub as i32,
             scale_lo: shape.scales.0,
@@ -199,6 +202,9 @@ impl Sink for Step<'_> {
     }
 }
 
+/// What is done with one kind of parameters: on the device, the weight there, and here.
+type Each<'f, D, W, P> = &'f mut dyn FnMut(&Cuda, &mut D, &mut W, &mut P) -> Result<(), DeviceError>;
+
 /// The GPU.
 pub struct Gpu<'a> {
     gpu: Cuda,
@@ -214,6 +220,7 @@ impl<'a> Gpu<'a> {
     pub fn new(mut student: Student<'a>, length: usize, batch: usize) -> Result<Gpu<'a>, TuningError> {
         admitted(student.model)?;
         let gpu = Cuda::open()?;
+        gpu.room(memory(student.model, Sizes::of(student.model, length * batch, length)))?;
         let s = &mut student;
         let start = Start {
             layers: &s.layers,
@@ -238,16 +245,11 @@ impl<'a> Gpu<'a> {
         Ok(Gpu { gpu, student, network, tuned, span: length * batch })
     }
 
-    /// The device's name.
-    pub fn name(&self) -> &str {
-        &self.gpu.name
-    }
-
     /// Parameters one by one, with what they are on the device.
     fn each(
         &mut self,
-        blocks: &mut dyn FnMut(&Cuda, &mut DeviceBlocks, &mut Weight, &mut Blocks) -> Result<(), DeviceError>,
-        norms: &mut dyn FnMut(&Cuda, &mut DeviceNorm, &mut Buffer, &mut Parameters) -> Result<(), DeviceError>,
+        blocks: Each<'_, DeviceBlocks, Weight, Blocks>,
+        norms: Each<'_, DeviceNorm, Buffer, Parameters>,
     ) -> Result<(), DeviceError> {
         let Gpu { gpu, student: s, network, tuned, .. } = self;
         if let (Some(d), Some(b)) = (&mut tuned.embedding, &mut s.embedding.blocks) {
