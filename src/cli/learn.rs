@@ -152,7 +152,7 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     let room = super::round::room(r.max_memory);
     let (most, least) = match r.device {
         Device::Cpu => (network::memory(model, batch, false), network::memory(model, batch, true)),
-        Device::Cuda => (network::beside_device(model), network::beside_device(model)),
+        Device::Cuda => [network::beside_device(model); 2].into(),
     };
     if least > room {
         let (least, room) = (human(least), human(room));

@@ -11,6 +11,7 @@ use cudarc::driver::{
 
 use super::DeviceError;
 use crate::plan::memory::human;
+use crate::tuning::blocks::Adam;
 
 /// An address on the device, of f32 unless said otherwise.
 pub type Ptr = u64;
@@ -30,19 +31,7 @@ pub enum Arg {
     I(i32),
     F(f32),
     B(BlocksArg),
-    A(AdamArg),
-}
-
-/// `Adam` of `kernels.cu`: a step of [`crate::tuning::blocks::Adam`].
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct AdamArg {
-    pub beta1: f32,
-    pub beta2: f32,
-    pub correction1: f32,
-    pub correction2: f32,
-    pub rate: f32,
-    pub code_rate: f32,
+    A(Adam),
 }
 
 /// `Kind` of `kernels.cu`: parameters of one kind.
@@ -82,7 +71,7 @@ pub struct BlocksArg {
 // SAFETY: plain data, laid out as in `kernels.cu`.
 unsafe impl DeviceRepr for BlocksArg {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for AdamArg {}
+unsafe impl DeviceRepr for Adam {}
 
 /// f32 values on the device.
 pub struct Buffer {

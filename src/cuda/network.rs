@@ -132,8 +132,6 @@ impl Network {
         let (table_of_angles, _) = model.rope_tables(length)?;
         let (cos, sin) = table_of_angles.values();
         let sizes = Sizes::of(model, tokens, length);
-        let kept = || Kept::new(gpu, sizes);
-        let s = Scratch::new(gpu, sizes)?;
         Ok(Network {
             embedding: Weight::new(gpu, start.embedding, n, None)?,
             output: start.output.map(|w| Weight::new(gpu, w, n, None)).transpose()?,
@@ -142,13 +140,13 @@ impl Network {
             simulated: start.simulation.map(|s| Simulated::new(gpu, s, &spec, ff)).transpose()?,
             float_norm: gpu.upload(&model.output_norm()?)?,
             rope: (gpu.upload(cos)?, gpu.upload(sin)?),
-            kept: (0..spec.layers).map(|_| kept()).collect::<Result<_, _>>()?,
-            once: kept()?,
+            kept: (0..spec.layers).map(|_| Kept::new(gpu, sizes)).collect::<Result<_, _>>()?,
+            once: Kept::new(gpu, sizes)?,
+            s: Scratch::new(gpu, sizes)?,
             layers,
             float,
             float_embedding,
             float_output,
-            s,
             length,
             vocab,
             spec,

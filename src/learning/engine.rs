@@ -3,7 +3,7 @@
 use super::LearningError;
 use super::maps::Values;
 use super::network::Network;
-use crate::forward::{Activations, Runner, interrupted};
+use crate::forward::{Activations, Runner};
 use crate::tuning::head::{Loss, Target};
 use crate::tuning::teacher::Teacher;
 
@@ -28,10 +28,6 @@ pub struct Processor<'a> {
     teacher: Teacher<'a>,
     network: Network<'a>,
     length: usize,
-    /// Tokens of a batch.
-    span: usize,
-    /// The last tokens that the divergence was asked for, and the float model's stream of them.
-    held_out: (Vec<u32>, Vec<f32>),
 }
 
 impl<'a> Processor<'a> {
@@ -47,25 +43,14 @@ impl<'a> Processor<'a> {
             teacher: Teacher::new(network.model, length, batch)?,
             network,
             length,
-            span: batch * length,
-            held_out: Default::default(),
         })
     }
 }
 
 impl Engine for Processor<'_> {
     fn divergence(&mut self, tokens: &[u32]) -> Result<f64, LearningError> {
-        if self.held_out.0 != tokens {
-            self.held_out = (tokens.to_vec(), self.teacher.last(tokens)?);
-        }
-        let width = self.held_out.1.len() / tokens.len();
-        let mut sum = 0.0;
-        for (tokens, last) in tokens.chunks(self.span).zip(self.held_out.1.chunks(self.span * width)) {
-            interrupted()?;
-            let network = &mut self.network;
-            sum += self.runner.pass(|pass, _| network.divergence(pass, tokens, last))? * tokens.len() as f64;
-        }
-        Ok(sum / tokens.len() as f64)
+        let (runner, network) = (&mut self.runner, &mut self.network);
+        Ok(self.teacher.mean(tokens, |tokens, last| runner.pass(|pass, _| network.divergence(pass, tokens, last)))?)
     }
 
     fn gradients(&mut self, tokens: &[u32], loss: Loss) -> Result<f64, LearningError> {

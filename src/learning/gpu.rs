@@ -7,7 +7,7 @@ use super::LearningError;
 use super::engine::Engine;
 use super::fake::Fake;
 use super::maps::{Line, Turn, Values, scales_mut};
-use super::network::{Base, HELD, held, originals};
+use super::network::{Base, HELD, held, originals, tables};
 use crate::cuda::DeviceError;
 use crate::cuda::buffers::{Sizes, memory};
 use crate::cuda::device::{Arg, Buffer, Cuda, Kind, Ptr, Strided, at};
@@ -357,12 +357,7 @@ impl Gpu {
             made.push(layer);
         }
         let n = spec.embed;
-        let mut embedding = vec![0.0; model.vocab * n];
-        model.embedding_rows(0, model.vocab, &mut embedding)?;
-        let output = match model.head_name() {
-            "token_embd.weight" => None,
-            _ => Some(model.head(Activations::F32)?.weight),
-        };
+        let (embedding, output) = tables(model)?;
         let simulation = activations.simulated();
         let begin = Start {
             layers: &made,

@@ -117,13 +117,7 @@ impl<'a> Network<'a> {
             base.push(own);
             layers.push(layer);
         }
-        let n = spec.embed;
-        let mut embedding = vec![0.0; model.vocab * n];
-        model.embedding_rows(0, model.vocab, &mut embedding)?;
-        let output = match model.head_name() {
-            "token_embd.weight" => None,
-            _ => Some(model.head(Activations::F32)?.weight),
-        };
+        let (embedding, output) = tables(model)?;
         let (head, kept, scratch) = (LossHead::new(model)?, Vec::new(), Scratch::default());
         Ok(Network { model, base, layers, values, embedding, output, head, kept, scratch, again })
     }
@@ -194,6 +188,17 @@ impl<'a> Network<'a> {
         }
         Ok(loss)
     }
+}
+
+/// The embedding, and the head where it is a tensor of its own.
+pub(super) fn tables(model: &Model<'_>) -> Result<(Vec<f32>, Option<Vec<f32>>), ForwardError> {
+    let mut embedding = vec![0.0; model.vocab * model.spec.embed];
+    model.embedding_rows(0, model.vocab, &mut embedding)?;
+    let output = match model.head_name() {
+        "token_embd.weight" => None,
+        _ => Some(model.head(Activations::F32)?.weight),
+    };
+    Ok((embedding, output))
 }
 
 /// Layer `l` of the model, its weights made once, and what they are made from.

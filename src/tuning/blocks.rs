@@ -19,8 +19,9 @@ use crate::rounding::levels::{AnyLevels, LANES, Levels, total};
 /// this, too.
 const INSIDE: f32 = 0.9;
 
-/// One step of Adam.
+/// One step of Adam; on a GPU it is passed as it lies here.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub struct Adam {
     pub beta1: f32,
     pub beta2: f32,

@@ -4,7 +4,7 @@ use super::TuningError;
 use super::blocks::Adam;
 use super::student::Student;
 use super::teacher::Teacher;
-use crate::forward::{Activations, Model, Runner, interrupted};
+use crate::forward::{Activations, Model, Runner};
 
 /// This processor, or a GPU.
 pub trait Engine<'a> {
@@ -26,10 +26,6 @@ pub struct Processor<'a> {
     runner: Runner<'a>,
     teacher: Teacher<'a>,
     student: Student<'a>,
-    /// Tokens of a batch.
-    span: usize,
-    /// The last tokens that the loss was asked for, and the float model's stream of them.
-    held_out: (Vec<u32>, Vec<f32>),
 }
 
 impl<'a> Processor<'a> {
@@ -44,25 +40,14 @@ impl<'a> Processor<'a> {
             runner: Runner::new(model, length, Activations::F32)?,
             teacher: Teacher::new(model, length, batch)?,
             student,
-            span: batch * length,
-            held_out: Default::default(),
         })
     }
 }
 
 impl<'a> Engine<'a> for Processor<'a> {
     fn loss(&mut self, tokens: &[u32]) -> Result<f64, TuningError> {
-        if self.held_out.0 != tokens {
-            self.held_out = (tokens.to_vec(), self.teacher.last(tokens)?);
-        }
-        let width = self.held_out.1.len() / tokens.len();
-        let mut sum = 0.0;
-        for (tokens, last) in tokens.chunks(self.span).zip(self.held_out.1.chunks(self.span * width)) {
-            interrupted()?;
-            let student = &mut self.student;
-            sum += self.runner.pass(|pass, _| student.loss(pass, tokens, last))? * tokens.len() as f64;
-        }
-        Ok(sum / tokens.len() as f64)
+        let (runner, student) = (&mut self.runner, &mut self.student);
+        Ok(self.teacher.mean(tokens, |tokens, last| runner.pass(|pass, _| student.loss(pass, tokens, last)))?)
     }
 
     fn step(&mut self, tokens: &[u32], adam: &Adam) -> Result<f64, TuningError> {

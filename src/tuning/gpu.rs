@@ -9,18 +9,11 @@ use super::head::Loss;
 use super::student::Student;
 use crate::cuda::DeviceError;
 use crate::cuda::buffers::{Sizes, memory};
-use crate::cuda::device::{AdamArg, Arg, BlocksArg, Buffer, Cuda, KindArg, Ptr};
+use crate::cuda::device::{Arg, BlocksArg, Buffer, Cuda, KindArg, Ptr};
 use crate::cuda::network::{Back, Network, Sink, Start, admitted};
 use crate::cuda::weights::Weight;
 use crate::forward::backward::layer::{Norm, Slot};
 use crate::forward::interrupted;
-
-impl AdamArg {
-    fn of(a: &Adam) -> AdamArg {
-        let Adam { beta1, beta2, correction1, correction2, rate, code_rate } = *a;
-        AdamArg { beta1, beta2, correction1, correction2, rate, code_rate }
-    }
-}
 
 /// Buffers of some parameters; an address of 0 for those that are empty.
 fn upload(gpu: &Cuda, values: &[&mut Vec<f32>], buffers: &mut Vec<Buffer>) -> Result<Vec<Ptr>, DeviceError> {
@@ -81,7 +74,7 @@ impl DeviceBlocks {
     }
 
     /// A step by the gradient `g` (0: none), and the values to `w`.
-    fn step(&self, gpu: &Cuda, g: Ptr, w: Ptr, adam: AdamArg) -> Result<(), DeviceError> {
+    fn step(&self, gpu: &Cuda, g: Ptr, w: Ptr, adam: Adam) -> Result<(), DeviceError> {
         let args = [Arg::B(self.arg), Arg::P(g), Arg::P(w), Arg::I(self.count as i32), Arg::A(adam)];
         gpu.run("step_blocks", self.count.div_ceil(8), (256, 1), &args)
     }
@@ -110,7 +103,7 @@ impl DeviceNorm {
         Ok(DeviceNorm { buffers: [a?, b?, c?] })
     }
 
-    fn step(&self, gpu: &Cuda, weight: &Buffer, gradient: &Buffer, n: usize, adam: AdamArg) -> Result<(), DeviceError> {
+    fn step(&self, gpu: &Cuda, weight: &Buffer, gradient: &Buffer, n: usize, adam: Adam) -> Result<(), DeviceError> {
         let [unit, m, v] = self.buffers.each_ref().map(|b| Arg::P(b.ptr()));
         let args = [Arg::P(weight.ptr()), unit, m, v, Arg::P(gradient.ptr()), Arg::I(n as i32), Arg::A(adam)];
         gpu.each("step_norm", n, &args)
@@ -149,7 +142,7 @@ impl Table {
         t.blocks.as_mut().map(new).transpose()
     }
 
-    fn step(&self, gpu: &Cuda, w: &Weight, adam: AdamArg) -> Result<(), DeviceError> {
+    fn step(&self, gpu: &Cuda, w: &Weight, adam: Adam) -> Result<(), DeviceError> {
         let g = self.gradient.ptr();
         self.blocks.step(gpu, g, w.w.ptr(), adam)?;
         gpu.each("fill", self.size, &[Arg::P(g), Arg::F(0.0), Arg::I(self.size as i32)])
@@ -167,7 +160,7 @@ struct Tuned {
 /// A step in work.
 struct Step<'a> {
     tuned: &'a Tuned,
-    adam: AdamArg,
+    adam: Adam,
 }
 
 impl Sink for Step<'_> {
@@ -289,7 +282,7 @@ impl<'a> Engine<'a> for Gpu<'a> {
 
     fn step(&mut self, tokens: &[u32], adam: &Adam) -> Result<f64, TuningError> {
         let Gpu { gpu, network, tuned, .. } = self;
-        let adam = AdamArg::of(adam);
+        let adam = *adam;
         let (embedding, output) = (tuned.embedding.as_ref(), tuned.output.as_ref());
         let head = if network.output.is_some() { output } else { embedding };
         let gradient = |t: Option<&'_ Table>| t.map(|t| t.gradient.ptr());
@@ -310,7 +303,7 @@ impl<'a> Engine<'a> for Gpu<'a> {
     }
 
     fn push(&mut self) -> Result<(), TuningError> {
-        let none = AdamArg { beta1: 0.0, beta2: 0.0, correction1: 1.0, correction2: 1.0, rate: 0.0, code_rate: 0.0 };
+        let none = Adam { beta1: 0.0, beta2: 0.0, correction1: 1.0, correction2: 1.0, rate: 0.0, code_rate: 0.0 };
         let blocks = &mut |gpu: &Cuda, d: &mut DeviceBlocks, w: &mut Weight, b: &mut Blocks| {
             d.push(gpu, b)?;
             d.step(gpu, 0, w.w.ptr(), none)
