@@ -129,7 +129,8 @@ pub struct ConvertArgs {
     /// Windows of a step of --tune: more of them learn better from many steps [default: 8].
     #[arg(long, value_name = "N", requires = "tune", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(1..=1024))]
     tune_batch: Option<u32>,
-    /// What --tune runs on, and --transform spinquant or ostquant learns on: cpu, or cuda (an NVIDIA GPU; needs a program built with the feature `cuda`).
+    /// What --tune runs on, and --transform spinquant or ostquant learns on: cpu, or an NVIDIA GPU (needs a program built with
+    /// the feature `cuda`): cuda in f32, cuda-bf16 with products in bf16.
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t, help_heading = "Run")]
     pub device: crate::tuning::run::Device,
     /// Transforms that leave the model's function as it is: none, smoothquant, awq, quarot, womi, spinquant and ostquant (these

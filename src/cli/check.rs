@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::args::{ConvertArgs, ResourceArgs};
@@ -148,7 +149,10 @@ fn compared(args: CheckArgs, transforms: Option<Arc<Transforms>>) -> Result<(), 
     for out in args.html.iter().chain(&args.save_all_logits) {
         output::check(out, &[], None, args.force)?;
     }
-    let opened = args.paths.iter().map(|p| Opened::new(p)).collect::<Result<Vec<_>, _>>()?;
+    let pool = pool(args.resources.threads)?;
+    // vocabularies take as long as layers of a small model: all at once, errors in the order of the files
+    let opened: Vec<_> = pool.install(|| args.paths.par_iter().map(|p| Opened::new(p)).collect());
+    let opened = opened.into_iter().collect::<Result<Vec<_>, _>>()?;
     let all = opened.iter().map(Opened::model).collect::<Result<Vec<_>, _>>()?;
     let base = args.kl_divergence_base.as_deref().map(BaseFile::open).transpose()?;
     let first = usize::from(base.is_none());
@@ -179,7 +183,7 @@ fn compared(args: CheckArgs, transforms: Option<Arc<Transforms>>) -> Result<(), 
         }
         (None, None) => Weighting::None,
     };
-    let mut report = compare(&args, &all, base, &text, &opened)?;
+    let mut report = compare(&args, &pool, &all, base, &text, &opened)?;
     let mut behind = match &transforms {
         Some(_) if args.per_tensor => Some(Opened::new(&args.paths[0])?),
         _ => None,
@@ -355,6 +359,7 @@ fn same_tokenizer(a: &Opened, b: &Opened) -> bool {
 
 fn compare(
     args: &CheckArgs,
+    pool: &rayon::ThreadPool,
     all: &[Model<'_>],
     mut base: Option<BaseFile>,
     text: &Evaluation,
@@ -363,7 +368,6 @@ fn compare(
     let first = usize::from(base.is_none());
     let everything: Vec<&Model<'_>> = all.iter().collect();
     let models = &everything[first..];
-    let pool = pool(args.resources.threads)?;
     let memory = run::memory(&everything, &text.windows, pool.current_num_threads(), args.resources.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     if !args.quiet {

@@ -69,7 +69,8 @@ pub struct LearnArgs {
     /// At most so many tokens of the text, in whole windows.
     #[arg(long, value_name = "N")]
     calibrate_tokens: Option<u64>,
-    /// What to learn on: cpu, or cuda (an NVIDIA GPU; needs a program built with the feature `cuda`).
+    /// What to learn on: cpu, or an NVIDIA GPU (needs a program built with the feature `cuda`): cuda in f32, cuda-bf16 with
+    /// products in bf16.
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t, conflicts_with = "local")]
     device: Device,
     #[command(flatten)]
@@ -152,7 +153,7 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     let room = super::round::room(r.max_memory);
     let (most, least) = match r.device {
         Device::Cpu => (network::memory(model, batch, false), network::memory(model, batch, true)),
-        Device::Cuda => [network::beside_device(model); 2].into(),
+        _ => [network::beside_device(model); 2].into(),
     };
     if least > room {
         let (least, room) = (human(least), human(room));
@@ -219,12 +220,13 @@ fn engine<'a>(
             Ok(Box::new(Processor::new(network, r.activations, length, batch)?))
         }
         #[cfg(feature = "cuda")]
-        Device::Cuda => {
-            let gpu = crate::learning::gpu::Gpu::new(model, anatomy, start, r.fake, r.activations, (length, batch))?;
+        device => {
+            let (shape, passes) = ((length, batch), device.passes());
+            let gpu = crate::learning::gpu::Gpu::new(model, anatomy, start, r.fake, r.activations, shape, passes)?;
             Ok(Box::new(gpu))
         }
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda => Err(LearningError::Device("this program was built without the feature `cuda`".into())),
+        _ => Err(LearningError::Device("this program was built without the feature `cuda`".into())),
     }
 }
 

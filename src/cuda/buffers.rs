@@ -31,17 +31,18 @@ impl Sizes {
     }
 }
 
-/// Bytes of the device that both models and a step take.
-pub fn memory(model: &Model<'_>, s: Sizes) -> u64 {
-    let kept = s.tokens * (3 * s.q + 3 * s.kv + s.length * s.heads + 2 * s.embed + 2 * s.ff);
+/// Bytes of the device that both models and a step take; `again`: with one layer's activations at a time.
+pub fn memory(model: &Model<'_>, s: Sizes, again: bool) -> u64 {
+    let kept = s.tokens * (3 * s.q + 3 * s.kv + s.length * s.heads + s.embed + 2 * s.ff);
     let wide = s.q.max(s.ff) + s.q + 2 * s.kv + s.ff + s.length * s.heads;
     let scratch = s.tokens * (7 * s.embed + wide) + 2 * ROWS * s.vocab;
     let layers = model.spec.layers;
-    let floats = (layers + 1) * kept + scratch + 4 * s.vocab * s.embed;
+    let kept = kept * if again { 2 } else { layers + 1 } + layers * s.tokens * s.embed;
+    let floats = kept + scratch + 4 * s.vocab * s.embed;
     (256 << 20) + 2 * layers as u64 * model.layer_bytes() + 4 * floats as u64
 }
 
-/// What a layer's forward pass leaves to its backward pass.
+/// What a layer's forward pass leaves to its backward pass, besides its output.
 pub struct Kept {
     pub raw_q: Buffer,
     pub raw_k: Buffer,
@@ -53,8 +54,6 @@ pub struct Kept {
     pub middle: Buffer,
     pub gate: Buffer,
     pub up: Buffer,
-    /// The layer's output.
-    pub out: Buffer,
 }
 
 impl Kept {
@@ -72,7 +71,6 @@ impl Kept {
             middle: z(tokens * n)?,
             gate: z(tokens * ff)?,
             up: z(tokens * ff)?,
-            out: z(tokens * n)?,
         })
     }
 }

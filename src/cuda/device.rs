@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use cudarc::cublas::sys::cublasComputeType_t as Compute;
+use cudarc::cublas::sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT;
 use cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N as N, CUBLAS_OP_T as T};
+use cudarc::cublas::sys::cudaDataType::CUDA_R_32F;
 use cudarc::cublas::{CudaBlas, result as blas};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -93,10 +96,13 @@ impl Buffer {
 }
 
 /// The device.
+#[derive(Clone)]
 pub struct Cuda {
     stream: Arc<CudaStream>,
-    blas: CudaBlas,
-    functions: HashMap<&'static str, CudaFunction>,
+    blas: Arc<CudaBlas>,
+    functions: Arc<HashMap<&'static str, CudaFunction>>,
+    /// Arithmetic of products.
+    compute: Compute,
 }
 
 const KERNELS: &[&str] = &[
@@ -159,19 +165,25 @@ impl Cuda {
         for &name in KERNELS {
             functions.insert(name, module.load_function(name).map_err(|e| failed(name, e))?);
         }
-        Ok(Cuda { stream, blas, functions })
+        let (blas, functions) = (Arc::new(blas), Arc::new(functions));
+        Ok(Cuda { stream, blas, functions, compute: Compute::CUBLAS_COMPUTE_32F })
     }
 
-    /// Refuses what does not fit into the memory of the device that is free.
-    pub fn room(&self, bytes: u64) -> Result<(), DeviceError> {
+    /// The same device with products whose factors are rounded to bf16, on tensor cores; their sums stay f32.
+    pub fn bf16(&self) -> Cuda {
+        Cuda { compute: Compute::CUBLAS_COMPUTE_32F_FAST_16BF, ..self.clone() }
+    }
+
+    /// Whether `most` bytes are free on the device; refuses where `least` are not.
+    pub fn room(&self, most: u64, least: u64) -> Result<bool, DeviceError> {
         let (free, _) = self.stream.context().mem_get_info().map_err(|e| failed("its memory", e))?;
-        if bytes > free as u64 {
-            let (bytes, free) = (human(bytes), human(free as u64));
+        if least > free as u64 {
+            let (least, free) = (human(least), human(free as u64));
             return Err(DeviceError::Device(format!(
-                "{bytes} of its memory are needed, {free} are free; take --device cpu"
+                "{least} of its memory are needed, {free} are free; take --device cpu"
             )));
         }
-        Ok(())
+        Ok(most <= free as u64)
     }
 
     pub fn zeros(&self, n: usize) -> Result<Buffer, DeviceError> {
@@ -288,21 +300,26 @@ impl Cuda {
         let i = |v: usize| v as i32;
         // SAFETY: the shapes are those of the buffers, which the callers in this crate made for them.
         unsafe {
-            blas::sgemm(
+            blas::gemm_ex(
                 *self.blas.handle(),
                 ta,
                 tb,
                 i(m),
                 i(n),
                 i(k),
-                &alpha,
-                a as *const f32,
+                (&raw const alpha).cast(),
+                a as *const _,
+                CUDA_R_32F,
                 i(lda),
-                b as *const f32,
+                b as *const _,
+                CUDA_R_32F,
                 i(ldb),
-                &beta,
-                c as *mut f32,
+                (&raw const beta).cast(),
+                c as *mut _,
+                CUDA_R_32F,
                 i(ldc),
+                self.compute,
+                CUBLAS_GEMM_DFALT,
             )
         }
         .map_err(|e| failed("cuBLAS", e))
@@ -328,25 +345,30 @@ impl Cuda {
         let (i, l, alpha) = (|v: usize| v as i32, |v: usize| v as i64, 1.0f32);
         // SAFETY: as above.
         unsafe {
-            blas::sgemm_strided_batched(
+            blas::gemm_strided_batched_ex(
                 *self.blas.handle(),
                 ta,
                 tb,
                 i(n),
                 i(m),
                 i(k),
-                &alpha,
-                b.0 as *const f32,
+                (&raw const alpha).cast(),
+                b.0 as *const _,
+                CUDA_R_32F,
                 i(b.1),
                 l(b.2),
-                a.0 as *const f32,
+                a.0 as *const _,
+                CUDA_R_32F,
                 i(a.1),
                 l(a.2),
-                &beta,
-                out.0 as *mut f32,
+                (&raw const beta).cast(),
+                out.0 as *mut _,
+                CUDA_R_32F,
                 i(out.1),
                 l(out.2),
                 i(count),
+                self.compute,
+                CUBLAS_GEMM_DFALT,
             )
         }
         .map_err(|e| failed("cuBLAS", e))

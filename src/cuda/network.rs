@@ -85,7 +85,10 @@ pub struct Network {
     float_output: Option<Buffer>,
     float_norm: Buffer,
     rope: (Buffer, Buffer),
+    /// Of every layer, or one for all of them: then the backward pass computes each layer again.
     kept: Vec<Kept>,
+    /// The layers' outputs.
+    outs: Vec<Buffer>,
     /// Of the float model, whose activations nobody needs again.
     once: Kept,
     s: Scratch,
@@ -106,8 +109,8 @@ impl Network {
         gpu: &Cuda,
         model: &Model<'_>,
         start: &Start<'_>,
-        length: usize,
-        batch: usize,
+        (length, batch): (usize, usize),
+        again: bool,
     ) -> Result<Network, DeviceError> {
         let spec = model.spec.clone();
         let (n, vocab, tokens) = (spec.embed, model.vocab, length * batch);
@@ -140,7 +143,8 @@ impl Network {
             simulated: start.simulation.map(|s| Simulated::new(gpu, s, &spec, ff)).transpose()?,
             float_norm: gpu.upload(&model.output_norm()?)?,
             rope: (gpu.upload(cos)?, gpu.upload(sin)?),
-            kept: (0..spec.layers).map(|_| Kept::new(gpu, sizes)).collect::<Result<_, _>>()?,
+            kept: (0..if again { 1 } else { spec.layers }).map(|_| Kept::new(gpu, sizes)).collect::<Result<_, _>>()?,
+            outs: (0..spec.layers).map(|_| gpu.zeros(tokens * n)).collect::<Result<_, _>>()?,
             once: Kept::new(gpu, sizes)?,
             s: Scratch::new(gpu, sizes)?,
             layers,
@@ -173,13 +177,17 @@ impl Network {
         sink.norm(gpu, (self.layers.len(), Norm::Attention), &self.norm, &self.s.norm_gradient)?;
         if let Some(turn) = &self.stream {
             // x = last Rᵀ
-            let last = self.kept.last().map_or(self.s.x.ptr(), |k| k.out.ptr());
+            let last = self.input_of(self.layers.len());
             gpu.cross(turn.gradient.ptr(), self.s.d.ptr(), last, (n, n, rows), 1.0)?;
             gpu.product_back(self.s.d_branch.ptr(), self.s.d.ptr(), turn.r.ptr(), (rows, n, n), 0.0)?;
             self.copy(gpu, self.s.d.ptr(), self.s.d_branch.ptr(), rows * n)?;
         }
         for l in (0..self.layers.len()).rev() {
-            let x = if l == 0 { self.s.x.ptr() } else { self.kept[l - 1].out.ptr() };
+            let x = self.input_of(l);
+            if self.kept.len() < self.layers.len() {
+                let (layer, out) = (&self.layers[l], self.outs[l].ptr());
+                self.layer(gpu, layer, (x, out), self.kept_of(l), rows, self.simulated.as_ref())?;
+            }
             self.layer_back(gpu, l, x, rows, sink)?;
         }
         if let Some(turn) = &self.stream {
@@ -193,6 +201,15 @@ impl Network {
             gpu.run("scatter", rows, (128, 1), &args)?;
         }
         Ok(loss)
+    }
+
+    /// The stream before layer `l`.
+    fn input_of(&self, l: usize) -> Ptr {
+        l.checked_sub(1).map_or(self.s.x.ptr(), |before| self.outs[before].ptr())
+    }
+
+    fn kept_of(&self, l: usize) -> &Kept {
+        &self.kept[l.min(self.kept.len() - 1)]
     }
 
     fn copy(&self, gpu: &Cuda, to: Ptr, from: Ptr, count: usize) -> Result<(), DeviceError> {
@@ -212,8 +229,8 @@ impl Network {
         gpu.tokens(&mut self.s.tokens, tokens)?;
         self.embed(gpu, self.s.teacher.ptr(), self.float_embedding.ptr(), rows)?;
         for layer in &self.float {
-            self.layer(gpu, layer, self.s.teacher.ptr(), &self.once, rows, None)?;
-            self.copy(gpu, self.s.teacher.ptr(), self.once.out.ptr(), rows * n)?;
+            let x = self.s.teacher.ptr();
+            self.layer(gpu, layer, (x, x), &self.once, rows, None)?;
         }
         let table = self.embedding.w.ptr();
         match &self.stream {
@@ -224,8 +241,8 @@ impl Network {
             None => self.embed(gpu, self.s.x.ptr(), table, rows)?,
         }
         for (l, layer) in self.layers.iter().enumerate() {
-            let x = if l == 0 { self.s.x.ptr() } else { self.kept[l - 1].out.ptr() };
-            self.layer(gpu, layer, x, &self.kept[l], rows, self.simulated.as_ref())?;
+            let streams = (self.input_of(l), self.outs[l].ptr());
+            self.layer(gpu, layer, streams, self.kept_of(l), rows, self.simulated.as_ref())?;
         }
         Ok(())
     }
@@ -251,12 +268,12 @@ impl Network {
         gpu.run("rope", rows, (256, 1), &args)
     }
 
-    /// A layer of either model: from `x` to `k.out`.
+    /// A layer of either model: from the stream `x` to the stream `out`, which may be the same.
     fn layer(
         &self,
         gpu: &Cuda,
         w: &Layer,
-        x: Ptr,
+        (x, out): (Ptr, Ptr),
         k: &Kept,
         rows: usize,
         simulated: Option<&Simulated>,
@@ -264,18 +281,18 @@ impl Network {
         let spec = &self.spec;
         let (n, hd) = (spec.embed, spec.head_dim);
         let input = self.input(gpu, x, w.norm(Norm::Attention), rows, simulated)?;
-        for (slot, which, raw, out, heads) in
+        for (slot, which, raw, to, heads) in
             [(Slot::Q, Norm::Q, &k.raw_q, &k.q, spec.heads), (Slot::K, Norm::K, &k.raw_k, &k.k, spec.kv_heads)]
         {
             match w.norm(which) {
                 Some(weight) => {
                     w.of(slot).forward(gpu, raw.ptr(), input, rows)?;
-                    self.rms_norm(gpu, out.ptr(), raw.ptr(), weight, (rows * heads, hd))?;
+                    self.rms_norm(gpu, to.ptr(), raw.ptr(), weight, (rows * heads, hd))?;
                 }
-                None => w.of(slot).forward(gpu, out.ptr(), input, rows)?,
+                None => w.of(slot).forward(gpu, to.ptr(), input, rows)?,
             }
             if w.rotates {
-                self.rotate(gpu, out.ptr(), heads, rows, 1.0)?;
+                self.rotate(gpu, to.ptr(), heads, rows, 1.0)?;
             }
         }
         w.of(Slot::V).forward(gpu, k.v.ptr(), input, rows)?;
@@ -298,8 +315,8 @@ impl Network {
         w.of(Slot::Up).forward(gpu, k.up.ptr(), input, rows)?;
         self.activate(gpu, k, (rows, w.of(Slot::Gate).rows), simulated)?;
         w.of(Slot::Down).forward(gpu, self.s.branch.ptr(), self.s.hidden.ptr(), rows)?;
-        self.copy(gpu, k.out.ptr(), k.middle.ptr(), rows * n)?;
-        gpu.each("add", rows * n, &[P(k.out.ptr()), P(self.s.branch.ptr()), F(spec.residual_scale), count])
+        self.copy(gpu, out, k.middle.ptr(), rows * n)?;
+        gpu.each("add", rows * n, &[P(out), P(self.s.branch.ptr()), F(spec.residual_scale), count])
     }
 
     /// The input of a branch: normed, and rounded where a precision is simulated.
@@ -436,7 +453,7 @@ impl Network {
 
     /// `s.d`, the gradient at the output of layer `l`, becomes that at its input `x`.
     fn layer_back(&self, gpu: &Cuda, l: usize, x: Ptr, rows: usize, sink: &mut dyn Sink) -> Result<(), DeviceError> {
-        let (spec, layer, k, s) = (&self.spec, &self.layers[l], &self.kept[l], &self.s);
+        let (spec, layer, k, s) = (&self.spec, &self.layers[l], self.kept_of(l), &self.s);
         let (n, simulated) = (spec.embed, self.simulated.as_ref());
         let count = I((rows * n) as i32);
         let (d, d_branch, d_input) = (s.d.ptr(), s.d_branch.ptr(), s.d_input.ptr());
@@ -506,7 +523,7 @@ impl Network {
         let (n, vocab) = (spec.embed, self.vocab);
         let head = self.output.as_ref().unwrap_or(&self.embedding);
         let float = self.float_output.as_ref().unwrap_or(&self.float_embedding);
-        let mut last = self.kept.last().map_or(s.x.ptr(), |k| k.out.ptr());
+        let mut last = self.input_of(self.layers.len());
         if let Some(turn) = &self.stream {
             gpu.product(s.d_branch.ptr(), last, turn.r.ptr(), (rows, n, n))?;
             last = s.d_branch.ptr();

@@ -18,6 +18,7 @@ use crate::formats::grid::Offsets;
 use crate::forward::backward::layer::{Norm, Slot};
 use crate::forward::{Activations, Model, interrupted};
 use crate::transform::{Anatomy, Transforms};
+use crate::tuning::gpu::Passes;
 use crate::tuning::head::Loss;
 use Arg::{I, P};
 
@@ -59,6 +60,8 @@ struct Maps {
 /// The GPU.
 pub struct Gpu {
     gpu: Cuda,
+    /// The same, with the arithmetic of the passes that gradients come from.
+    passes: Cuda,
     network: Network,
     maps: Maps,
     /// Tokens of a batch.
@@ -323,11 +326,13 @@ impl Gpu {
         fake: &(dyn Fn(&str, usize) -> Option<Fake> + Sync),
         activations: Activations,
         (length, batch): (usize, usize),
+        passes: Passes,
     ) -> Result<Gpu, LearningError> {
         admitted(model)?;
         let gpu = Cuda::open()?;
         let own = model.layer_bytes() * (model.spec.layers as u64 + 5);
-        gpu.room(memory(model, Sizes::of(model, length * batch, length)) + own)?;
+        let memory = |again| memory(model, Sizes::of(model, length * batch, length), again) + own;
+        let again = !gpu.room(memory(false), memory(true))? || passes.again;
         let (spec, values) = (&model.spec, Values::new(start, anatomy));
         let (mut layers, mut made) = (Vec::new(), Vec::new());
         for l in 0..spec.layers {
@@ -366,7 +371,7 @@ impl Gpu {
             norm: &model.output_norm()?,
             simulation,
         };
-        let mut network = Network::new(&gpu, model, &begin, length, batch)?;
+        let mut network = Network::new(&gpu, model, &begin, (length, batch), again)?;
         if let Some(r) = &values.r_res {
             network.stream = Some(StreamTurn { r: gpu.upload(&r.single)?, gradient: gpu.zeros(n * n)? });
         }
@@ -384,7 +389,8 @@ impl Gpu {
             layers,
             down,
         };
-        let mut own = Gpu { gpu, network, maps, span: length * batch };
+        let passes = if passes.bf16 { gpu.bf16() } else { gpu.clone() };
+        let mut own = Gpu { gpu, passes, network, maps, span: length * batch };
         own.fuse()?;
         Ok(own)
     }
@@ -428,7 +434,7 @@ impl Engine for Gpu {
 
     fn gradients(&mut self, tokens: &[u32], loss: Loss) -> Result<f64, LearningError> {
         let back = Back { loss, ..Back::default() };
-        let sum = self.network.back(&self.gpu, tokens, &back, &mut self.maps)?;
+        let sum = self.network.back(&self.passes, tokens, &back, &mut self.maps)?;
         self.collect()?;
         Ok(sum / tokens.len() as f64)
     }

@@ -58,7 +58,7 @@ impl SourceTensor {
 }
 
 /// Weights by GGUF name.
-pub trait TensorSource: Sync {
+pub trait TensorSource: Send + Sync {
     /// Every tensor, in the order in which the reference converter meets them.
     fn tensors(&self) -> &[SourceTensor];
 

@@ -15,6 +15,15 @@ use crate::cuda::weights::Weight;
 use crate::forward::backward::layer::{Norm, Slot};
 use crate::forward::interrupted;
 
+/// How passes are computed on the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Passes {
+    /// Products of the passes that gradients come from round their factors to bf16; losses of windows held out stay in f32.
+    pub bf16: bool,
+    /// Compute each layer again on the way back, even where there is room for what all layers leave.
+    pub again: bool,
+}
+
 /// Buffers of some parameters; an address of 0 for those that are empty.
 fn upload(gpu: &Cuda, values: &[&mut Vec<f32>], buffers: &mut Vec<Buffer>) -> Result<Vec<Ptr>, DeviceError> {
     let mut all = Vec::new();
@@ -201,6 +210,8 @@ type Each<'f, D, W, P> = &'f mut dyn FnMut(&Cuda, &mut D, &mut W, &mut P) -> Res
 /// The GPU.
 pub struct Gpu<'a> {
     gpu: Cuda,
+    /// The same, with the arithmetic of the passes that gradients come from.
+    passes: Cuda,
     student: Student<'a>,
     network: Network,
     tuned: Tuned,
@@ -210,11 +221,16 @@ pub struct Gpu<'a> {
 
 impl<'a> Gpu<'a> {
     /// For windows of `length` tokens, `batch` of them at a time.
-    pub fn new(mut student: Student<'a>, length: usize, batch: usize) -> Result<Gpu<'a>, TuningError> {
+    pub fn new(
+        mut student: Student<'a>,
+        (length, batch): (usize, usize),
+        passes: Passes,
+    ) -> Result<Gpu<'a>, TuningError> {
         admitted(student.model)?;
         let gpu = Cuda::open()?;
-        gpu.room(memory(student.model, Sizes::of(student.model, length * batch, length)))?;
         let s = &mut student;
+        let memory = |again| memory(s.model, Sizes::of(s.model, length * batch, length), again);
+        let again = !gpu.room(memory(false), memory(true))? || passes.again;
         let start = Start {
             layers: &s.layers,
             embedding: &s.embedding.weight,
@@ -222,7 +238,7 @@ impl<'a> Gpu<'a> {
             norm: &s.head.norm.values,
             simulation: None,
         };
-        let network = Network::new(&gpu, s.model, &start, length, batch)?;
+        let network = Network::new(&gpu, s.model, &start, (length, batch), again)?;
         let layer = |t: &mut super::student::Tuned| {
             let blocks = t.linears.each_mut().map(|b| b.as_mut().map(|b| DeviceBlocks::new(&gpu, b)).transpose());
             let norms = t.norms.0.each_mut().map(|p| p.as_mut().map(|p| DeviceNorm::new(&gpu, p)).transpose());
@@ -235,7 +251,8 @@ impl<'a> Gpu<'a> {
             embedding: Table::new(&gpu, &mut s.embedding)?,
             output: s.output.as_mut().map(|t| Table::new(&gpu, t)).transpose()?.flatten(),
         };
-        Ok(Gpu { gpu, student, network, tuned, span: length * batch })
+        let passes = if passes.bf16 { gpu.bf16() } else { gpu.clone() };
+        Ok(Gpu { gpu, passes, student, network, tuned, span: length * batch })
     }
 
     /// Parameters one by one, with what they are on the device.
@@ -281,13 +298,13 @@ impl<'a> Engine<'a> for Gpu<'a> {
     }
 
     fn step(&mut self, tokens: &[u32], adam: &Adam) -> Result<f64, TuningError> {
-        let Gpu { gpu, network, tuned, .. } = self;
+        let Gpu { gpu, passes, network, tuned, .. } = self;
         let adam = *adam;
         let (embedding, output) = (tuned.embedding.as_ref(), tuned.output.as_ref());
         let head = if network.output.is_some() { output } else { embedding };
         let gradient = |t: Option<&'_ Table>| t.map(|t| t.gradient.ptr());
         let back = Back { loss: Loss::Kl, head: gradient(head), embedding: gradient(embedding) };
-        let loss = network.back(gpu, tokens, &back, &mut Step { tuned, adam })?;
+        let loss = network.back(passes, tokens, &back, &mut Step { tuned, adam })?;
         if let (Some(t), Some(w)) = (output, &network.output) {
             t.step(gpu, w, adam)?;
         }

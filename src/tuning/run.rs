@@ -51,7 +51,18 @@ pub const BATCH: u32 = 8;
 pub enum Device {
     #[default]
     Cpu,
+    /// An NVIDIA GPU, in f32.
     Cuda,
+    /// The same with products in bf16.
+    CudaBf16,
+}
+
+#[cfg(feature = "cuda")]
+impl Device {
+    /// How the GPU computes.
+    pub(crate) fn passes(self) -> super::gpu::Passes {
+        super::gpu::Passes { bf16: self == Device::CudaBf16, again: false }
+    }
 }
 
 /// What to tune.
@@ -180,9 +191,12 @@ fn engine<'a>(job: &Job<'a>, student: Student<'a>) -> Result<Box<dyn Engine<'a> 
     match job.device {
         Device::Cpu => Ok(Box::new(Processor::new(job.model, student, job.length, job.settings.batch)?)),
         #[cfg(feature = "cuda")]
-        Device::Cuda => Ok(Box::new(super::gpu::Gpu::new(student, job.length, job.settings.batch)?)),
+        device => {
+            let shape = (job.length, job.settings.batch);
+            Ok(Box::new(super::gpu::Gpu::new(student, shape, device.passes())?))
+        }
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda => Err(TuningError::Device("this program was built without the feature `cuda`".into())),
+        _ => Err(TuningError::Device("this program was built without the feature `cuda`".into())),
     }
 }
 
