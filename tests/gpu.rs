@@ -32,8 +32,22 @@ use ostq_convert::tuning::student::{Rounded, Student};
 
 const LENGTH: usize = 20;
 const WINDOWS: usize = 3;
-/// Where products round their factors to bf16, a loss and a gradient may be off by these parts.
-const BF16: (f64, f64) = (0.05, 0.2);
+/// What may differ: losses, by a part; gradients, by a part of their own size and of the largest, since some are zero but for
+/// rounding.
+struct Within {
+    loss: f64,
+    gradient: f64,
+    largest: f64,
+}
+
+/// A weight that falls to the other side moves gradients of its matrix.
+const WEIGHTS: Within = Within { loss: 0.02, gradient: 0.1, largest: 1e-6 };
+/// So does a rounded activation, those of all matrices before it, and here losses are small; most are near, see [`MEDIAN`].
+const ACTIVATIONS: Within = Within { loss: 0.02, gradient: 0.5, largest: 1e-4 };
+/// Products that round their factors to bf16.
+const BF16: Within = Within { loss: 0.05, gradient: 0.2, largest: 1e-4 };
+/// Of the differences of all gradients with rounded activations, as parts of their sizes.
+const MEDIAN: f64 = 0.03;
 /// Structures that the kernels do not know, and a word of the refusal.
 const REFUSED: [(&str, &str); 3] = [("olmo2", "norms"), ("gemma2", "SiLU"), ("gemma3", "SiLU")];
 
@@ -65,25 +79,30 @@ fn gradients(engine: &mut dyn Engine) -> Vec<Vec<f64>> {
     all
 }
 
-/// Losses and gradients over so many windows; those by which steps go with products in bf16 or not.
-fn compare(gpu: &mut dyn Engine, cpu: &mut dyn Engine, windows: usize, loss: Loss, bf16: bool, name: &str) {
-    let (loss_within, within) = if bf16 { BF16 } else { (0.02, 0.05) };
+/// Compares losses and gradients over so many windows; the differences of gradients, as parts of their sizes.
+fn compare(gpu: &mut dyn Engine, cpu: &mut dyn Engine, windows: usize, loss: Loss, w: &Within, name: &str) -> Vec<f64> {
     let ids = tokens(windows);
     let (a, b) = (gpu.divergence(&ids).unwrap(), cpu.divergence(&ids).unwrap());
-    // a rounding that falls to the other side moves single values
+    // in f32, whatever the steps are in
     assert!((a - b).abs() < 0.02 * b + 1e-6, "{name}: {a} {b}");
     let (a, b) = (gpu.gradients(&ids, loss).unwrap(), cpu.gradients(&ids, loss).unwrap());
-    assert!((a - b).abs() < loss_within * b.abs() + 1e-6, "{name}: {a} {b}");
-    for (i, (a, b)) in gradients(gpu).iter().zip(&gradients(cpu)).enumerate() {
-        let size = b.iter().map(|v| v * v).sum::<f64>().sqrt();
-        let off = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
-        assert!(size > 0.0 && off < within * size, "{name}: gradient {i} is off by {off:e} of {size:e}");
-    }
+    assert!((a - b).abs() < w.loss * b.abs() + 1e-6, "{name}: {a} {b}");
+    let (ours, theirs) = (gradients(gpu), gradients(cpu));
+    let size = |g: &[f64]| g.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let largest = theirs.iter().map(|g| size(g)).fold(0.0, f64::max);
+    let one = |(i, (a, b)): (usize, (&Vec<f64>, &Vec<f64>))| {
+        let (off, size) = (a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt(), size(b));
+        let most = w.gradient * size + w.largest * largest;
+        assert!(size > 0.0 && off < most, "{name}: gradient {i} is off by {off:e} of {size:e}");
+        off / size
+    };
+    ours.iter().zip(&theirs).enumerate().map(one).collect()
 }
 
 #[test]
 fn learning_is_that_of_the_processor() {
     let path = Path::new("memory");
+    let mut off = Vec::new();
     for (kind, memory) in dense() {
         let metadata = kind.metadata();
         let model = Model::new(path, &memory, &metadata).unwrap();
@@ -124,22 +143,40 @@ fn learning_is_that_of_the_processor() {
                     assert!(why.contains(word), "{name}: {why}");
                     continue;
                 }
+                // of the kind whose layers differ
+                (Err(LearningError::Device(why)), None) if why.contains("different widths") => {
+                    assert!(words.contains("online"), "{name}: {why}");
+                    continue;
+                }
                 (Err(LearningError::Device(why)), None) if skips(&why) => return,
                 (Err(e), _) => panic!("{name}: {e}"),
                 (Ok(_), Some(_)) => panic!("{name}: not refused"),
             };
             let network = Network::new(&model, &anatomy, &start, &fake, false).unwrap();
             let mut cpu = Processor::new(network, activations, LENGTH, WINDOWS).unwrap();
-            compare(&mut gpu, &mut cpu, WINDOWS, loss, passes.bf16, &name);
+            let within = match activations {
+                _ if passes.bf16 => &BF16,
+                Activations::F32 => &WEIGHTS,
+                _ => &ACTIVATIONS,
+            };
+            let mut differences = compare(&mut gpu, &mut cpu, WINDOWS, loss, within, &name);
             // the weights are made anew from what moved, for fewer windows
             let rates = Rates { step: 1, rotation: 1e-3, scale: 1e-3 };
             cpu.values().step(&rates).unwrap();
             *gpu.values() = cpu.values().clone();
             cpu.fuse().unwrap();
             gpu.fuse().unwrap();
-            compare(&mut gpu, &mut cpu, WINDOWS - 1, loss, passes.bf16, &format!("{name}, moved"));
+            let name = format!("{name}, moved");
+            differences.extend(compare(&mut gpu, &mut cpu, WINDOWS - 1, loss, within, &name));
+            if activations != Activations::F32 {
+                off.extend(differences);
+            }
         }
     }
+    off.sort_by(f64::total_cmp);
+    let median = off[off.len() / 2];
+    println!("rounded activations: the median gradient of {} is off by {median:.4} of its size", off.len());
+    assert!(median < MEDIAN, "{median}");
 }
 
 /// Every matrix of a model, rounded.
