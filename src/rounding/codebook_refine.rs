@@ -7,10 +7,9 @@
 use super::codebook::{Chosen, Norms, UNIT, nearest, unit};
 use super::codebook_gptq::{SUB, TOP, Tile, UNITS, store};
 use super::factor::Factor;
-use super::refine::{Row, errors};
+use super::refine::{Moves, Row, errors, kept_error};
 use crate::formats::iq::codebook::{BLOCK, Codebook, Parts};
 use crate::formats::search::from_f16_bits;
-use crate::linalg::{View, ViewMut, add_times};
 
 /// Most rounds over a tile.
 const ROUNDS: usize = 4;
@@ -30,9 +29,10 @@ pub fn refine<const K: usize, const EVEN: bool>(
     let blocks = n / BLOCK;
     let mut gradient = Vec::new();
     let mut before: f64 = errors(f, &t.values, target, &mut gradient).iter().sum();
-    let mut moved = vec![0f32; rows * BLOCK];
+    let (mut moves, mut before_row) = (Moves::default(), [0f32; BLOCK]);
     for round in 0..=ROUNDS {
         for (b, p0) in (0..n).step_by(BLOCK).enumerate() {
+            moves.clear();
             for r in 0..rows {
                 let mut row = Row {
                     f,
@@ -41,26 +41,20 @@ pub fn refine<const K: usize, const EVEN: bool>(
                     gradient: &mut gradient[r * n + p0..][..BLOCK],
                     values: &mut t.values[r * n + p0..][..BLOCK],
                 };
-                let moved = &mut moved[r * BLOCK..][..BLOCK];
-                moved.copy_from_slice(row.values);
+                before_row.copy_from_slice(row.values);
                 let i = r * blocks + b;
                 block::<K, EVEN>(&mut row, (c, norms), &mut t.d[i], &mut t.parts[i], round < ROUNDS);
-                moved.iter_mut().zip(&*row.values).for_each(|(m, v)| *m = v - *m);
+                moves.add(r, &before_row, row.values);
             }
-            for (from, to) in [(0, p0), (p0 + BLOCK, n)] {
-                let rest = ViewMut::new(&mut gradient, rows, n).part((0, from), rows, to - from);
-                let h = View::new(&f.h, n, n).part((p0, from), BLOCK, to - from);
-                add_times(rest, View::new(&moved, rows, BLOCK), h, 1.0);
-            }
+            moves.spread(f, &mut gradient, (p0, p0 + BLOCK));
         }
-        // not the sum that was kept up to date: its rounding adds up
-        let now = errors(f, &t.values, target, &mut gradient);
-        let sum: f64 = now.iter().sum();
-        if round == ROUNDS || sum > before * (1.0 - ENOUGH) {
-            return now;
+        let now = kept_error(&t.values, target, &gradient);
+        if now > before * (1.0 - ENOUGH) {
+            break;
         }
-        before = sum;
+        before = now;
     }
+    // rounding adds up in what was kept up to date
     errors(f, &t.values, target, &mut gradient)
 }
 

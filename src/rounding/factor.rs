@@ -16,6 +16,8 @@ pub struct Factor {
     pub n: usize,
     /// `E[x xᵀ]`, damped, `[n, n]`.
     pub h: Vec<f32>,
+    /// Its diagonal.
+    pub diagonal: Vec<f32>,
     /// `[n, n]`, upper triangular.
     pub u: Vec<f32>,
     /// `1 / U_jj²`: what a square error in a column costs.
@@ -65,7 +67,8 @@ impl Factor {
                         let costs = (0..n).map(|j| 1.0 / (u[j * n + j] * u[j * n + j])).collect();
                         let mut h = vec![0f32; n * n];
                         linalg::fill(&mut h, n, |i, j| at(i.max(j), i.min(j)) as f32);
-                        return Ok(Factor { n, h, u, costs, importance, damping });
+                        let diagonal = (0..n).map(|j| h[j * n + j]).collect();
+                        return Ok(Factor { n, h, diagonal, u, costs, importance, damping });
                     }
                 }
                 Err(linalg::LinalgError::NotPositiveDefinite { .. }) => {}
