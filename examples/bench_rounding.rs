@@ -4,6 +4,8 @@
 //! `cargo run --release --example bench_rounding -- [loop [THREADS]]`: columns, errors and their products with scales that are
 //! there, rows x n² operations; and once more with the search of the scales.
 //!
+//! `... -- sums [THREADS]`: sums of both paths over a run of 1024 inputs of so many columns, 3 n² operations a token.
+//!
 //! `... -- block [TOKENS [THREADS [WIDTH FEED_FORWARD BLOCKS]]]`: one block of 4096 (WIDTH) by 14336 with random weights and
 //! correlated inputs, rounded to Q4_K (Q5_0 where rows are no whole super-blocks); time by stage, peak memory, and what 32
 //! (BLOCKS) of them would take.
@@ -38,6 +40,7 @@ fn main() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(number(1 + block as usize, 0)).build().expect("threads");
     pool.install(|| match block {
         true => one_block(number(1, 8192), (number(3, 4096), number(4, 14336)), number(5, 32)),
+        false if args.first().is_some_and(|a| a == "sums") => sums(),
         false => inner_loop(),
     });
 }
@@ -110,6 +113,25 @@ fn inner_loop() {
                 searched * 1e-9
             );
         }
+    }
+}
+
+fn sums() {
+    let tokens = 1024;
+    for n in [576, 1536, 2048, 4096, 14336] {
+        let (mut r, mut d) = (vec![0f32; tokens * n], vec![0f32; tokens * n]);
+        noise(3, &mut r);
+        noise(4, &mut d);
+        let mut second = vec![0f64; linalg::packed_len(n).expect("small")];
+        let mut cross = vec![0f32; n * n];
+        let (mut peak, mut rate) = (0f64, 0f64);
+        for _ in 0..2 {
+            peak = peak.max(product_rate(2048));
+            let start = now();
+            linalg::add_sums(&mut second, Some((&mut cross, &d)), &r, tokens, n);
+            rate = rate.max(3.0 * (tokens * n * n) as f64 / (now() - start));
+        }
+        println!("n {n:5}: sums {:7.1} GFLOP/s, product {:7.1}, ratio {:.2}", rate * 1e-9, peak * 1e-9, rate / peak);
     }
 }
 

@@ -46,8 +46,10 @@ const WEIGHTS: Within = Within { loss: 0.02, gradient: 0.1, largest: 1e-6 };
 const ACTIVATIONS: Within = Within { loss: 0.02, gradient: 0.5, largest: 1e-4 };
 /// Products that round their factors to bf16.
 const BF16: Within = Within { loss: 0.05, gradient: 0.2, largest: 1e-4 };
-/// Of the differences of all gradients with rounded activations, as parts of their sizes.
+/// Of the differences of all gradients with rounded activations, as parts of their sizes: what half and nine of ten are below
+/// (0.1 was seen of nine of ten).
 const MEDIAN: f64 = 0.03;
+const MOST: f64 = 0.15;
 /// Structures that the kernels do not know, and a word of the refusal.
 const REFUSED: [(&str, &str); 3] = [("olmo2", "norms"), ("gemma2", "SiLU"), ("gemma3", "SiLU")];
 
@@ -143,11 +145,6 @@ fn learning_is_that_of_the_processor() {
                     assert!(why.contains(word), "{name}: {why}");
                     continue;
                 }
-                // of the kind whose layers differ
-                (Err(LearningError::Device(why)), None) if why.contains("different widths") => {
-                    assert!(words.contains("online"), "{name}: {why}");
-                    continue;
-                }
                 (Err(LearningError::Device(why)), None) if skips(&why) => return,
                 (Err(e), _) => panic!("{name}: {e}"),
                 (Ok(_), Some(_)) => panic!("{name}: not refused"),
@@ -174,9 +171,12 @@ fn learning_is_that_of_the_processor() {
         }
     }
     off.sort_by(f64::total_cmp);
-    let median = off[off.len() / 2];
-    println!("rounded activations: the median gradient of {} is off by {median:.4} of its size", off.len());
-    assert!(median < MEDIAN, "{median}");
+    let [median, most] = [off[off.len() / 2], off[off.len() * 9 / 10]];
+    println!(
+        "rounded activations, {} gradients: half off by less than {median:.4} of their size, nine of ten by {most:.4}",
+        off.len()
+    );
+    assert!(median < MEDIAN && most < MOST, "{median} {most}");
 }
 
 /// Every matrix of a model, rounded.

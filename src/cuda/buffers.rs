@@ -29,17 +29,28 @@ impl Sizes {
         let (q, kv, ff) = (heads * head_dim, s.kv_heads * head_dim, model.feed_forward());
         Sizes { tokens, length, embed, heads, head_dim, q, kv, ff, vocab }
     }
+
+    /// Values of the largest weight of a layer.
+    fn widest(&self) -> usize {
+        self.embed * self.q.max(self.ff)
+    }
 }
 
-/// Bytes of the device that both models and a step take; `again`: with one layer's activations at a time.
+/// Bytes of the device that both models and a step take, besides what the step moves; `again`: with one layer's activations at
+/// a time.
 pub fn memory(model: &Model<'_>, s: Sizes, again: bool) -> u64 {
     let kept = s.tokens * (3 * s.q + 3 * s.kv + s.length * s.heads + s.embed + 2 * s.ff);
     let wide = s.q.max(s.ff) + s.q + 2 * s.kv + s.ff + s.length * s.heads;
-    let scratch = s.tokens * (7 * s.embed + wide) + 2 * ROWS * s.vocab;
+    let scratch = s.tokens * (6 * s.embed + s.embed.max(s.q) + wide) + 2 * ROWS * s.vocab + s.widest();
     let layers = model.spec.layers;
     let kept = kept * if again { 2 } else { layers + 1 } + layers * s.tokens * s.embed;
     let floats = kept + scratch + 4 * s.vocab * s.embed;
-    (256 << 20) + 2 * layers as u64 * model.layer_bytes() + 4 * floats as u64
+    (256 << 20) + 2 * layers as u64 * layer_bytes(model) + 4 * floats as u64
+}
+
+/// Bytes of the largest layer's weights; what a source holds beside them stays where it is.
+pub fn layer_bytes(model: &Model<'_>) -> u64 {
+    model.layer_bytes() - model.source().resident()
 }
 
 /// What a layer's forward pass leaves to its backward pass, besides its output.
@@ -104,7 +115,6 @@ impl Scratch {
     pub fn new(gpu: &Cuda, s: Sizes) -> Result<Scratch, DeviceError> {
         let Sizes { tokens, length, embed: n, q, kv, ff, vocab, .. } = s;
         let z = |n: usize| gpu.zeros(n);
-        let widest = (q * n).max(n * ff);
         Ok(Scratch {
             tokens: z(tokens)?,
             x: z(tokens * n)?,
@@ -124,7 +134,7 @@ impl Scratch {
             logits: z(ROWS * vocab)?,
             wanted: z(ROWS * vocab)?,
             sums: z(2 * tokens)?,
-            gradient: z(widest)?,
+            gradient: z(s.widest())?,
             norm_gradient: z(n.max(s.head_dim))?,
         })
     }

@@ -169,7 +169,7 @@ impl Cuda {
         Ok(Cuda { stream, blas, functions, compute: Compute::CUBLAS_COMPUTE_32F })
     }
 
-    /// The same device with products whose factors are rounded to bf16, on tensor cores; their sums stay f32.
+    /// The same device with products whose factors cuBLAS may round to bf16, for tensor cores; their sums stay f32.
     pub fn bf16(&self) -> Cuda {
         Cuda { compute: Compute::CUBLAS_COMPUTE_32F_FAST_16BF, ..self.clone() }
     }

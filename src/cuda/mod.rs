@@ -20,6 +20,6 @@ use crate::forward::ForwardError;
 pub enum DeviceError {
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    #[error("--device cuda: {0}")]
+    #[error("the GPU: {0}")]
     Device(String),
 }

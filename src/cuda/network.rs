@@ -184,7 +184,8 @@ impl Network {
         }
         for l in (0..self.layers.len()).rev() {
             let x = self.input_of(l);
-            if self.kept.len() < self.layers.len() {
+            // what the last layer left is still there
+            if self.kept.len() < self.layers.len() && l + 1 < self.layers.len() {
                 let (layer, out) = (&self.layers[l], self.outs[l].ptr());
                 self.layer(gpu, layer, (x, out), self.kept_of(l), rows, self.simulated.as_ref())?;
             }

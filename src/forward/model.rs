@@ -385,7 +385,12 @@ impl<'a> Model<'a> {
 
     /// Inputs of the widest `ffn_down`.
     pub fn feed_forward(&self) -> usize {
-        let widths = self.source.tensors().iter().filter(|t| t.name.contains(".ffn_down")).map(|t| t.row_len());
+        let widths = self
+            .source
+            .tensors()
+            .iter()
+            .filter(|t| t.dims.len() > 1 && t.name.contains(".ffn_down"))
+            .map(|t| t.row_len());
         widths.max().unwrap_or(0) as usize
     }
 

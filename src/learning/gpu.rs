@@ -9,7 +9,7 @@ use super::fake::Fake;
 use super::maps::{Line, Turn, Values, scales_mut};
 use super::network::{Base, HELD, held, originals, tables};
 use crate::cuda::DeviceError;
-use crate::cuda::buffers::{Sizes, memory};
+use crate::cuda::buffers::{Sizes, layer_bytes, memory};
 use crate::cuda::device::{Arg, Buffer, Cuda, Kind, Ptr, Strided, at};
 use crate::cuda::network::{Back, Network, Sink, Start, StreamTurn, admitted};
 use crate::cuda::simulated::{Turn as Online, turned};
@@ -44,6 +44,8 @@ struct Layer {
 
 /// The maps and their way back.
 struct Maps {
+    /// In f32: weights are made alike for every arithmetic of the passes.
+    gpu: Cuda,
     values: Values,
     layers: Vec<Layer>,
     /// The rotation of the stream and its gradient, which are the network's.
@@ -215,7 +217,7 @@ impl Sink for Maps {
         gradient: Ptr,
         (dy, tokens): (Ptr, usize),
     ) -> Result<(), DeviceError> {
-        let ([z1, z3, z4, made], shape) = self.steps(gpu, l, slot)?;
+        let ([z1, z3, z4, made], shape) = self.steps(&self.gpu, l, slot)?;
         let (rows, columns) = shape;
         let o = &self.layers[l].base.linears[slot as usize];
         let (map, bias) = (o.map.clone(), o.bias.clone());
@@ -330,7 +332,7 @@ impl Gpu {
     ) -> Result<Gpu, LearningError> {
         admitted(model)?;
         let gpu = Cuda::open()?;
-        let own = model.layer_bytes() * (model.spec.layers as u64 + 5);
+        let own = layer_bytes(model) * (model.spec.layers as u64 + 5);
         let memory = |again| memory(model, Sizes::of(model, length * batch, length), again) + own;
         let again = !gpu.room(memory(false), memory(true))? || passes.again;
         let (spec, values) = (&model.spec, Values::new(start, anatomy));
@@ -381,6 +383,7 @@ impl Gpu {
         let [a, b, c, d, e] = z;
         let down = network.down();
         let maps = Maps {
+            gpu: gpu.clone(),
             stream: network.stream.as_ref().map(|s| (s.r.ptr(), s.gradient.ptr())),
             z: [a?, b?, c?, d?, e?],
             sums: gpu.zeros(longest.unwrap_or(0))?,

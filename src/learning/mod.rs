@@ -30,7 +30,7 @@ pub enum LearningError {
     Refused(String),
     #[error("learning: a rotation cannot be moved: {0}")]
     Rotation(String),
-    #[error("--device cuda: {0}")]
+    #[error("the GPU: {0}")]
     Device(String),
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },

@@ -3,7 +3,8 @@
 //! GPTQ decides each column once, with what it knew then. Here `(v − t)ᵀ H (v − t)` of each row (`v` what is stored, `t` the
 //! target) falls step by step: a code moves to the level nearest to the minimum along its column; the integers of a sub-block
 //! move by one, with the codes as they are or coded anew; an f16 moves to its least-squares place. Only what lowers the error
-//! is taken. `G = (V − T) H` is kept up to date: inside a panel by rows of `H`, outside it by a product once per panel.
+//! is taken. `G = (V − T) H` is kept up to date from the first round to the last: inside a panel by rows of `H`, outside it once
+//! per panel, by a product of the rows that moved or, where little did, by rows of `H` too.
 
 use super::factor::Factor;
 use super::gptq::{PANEL, Tile};

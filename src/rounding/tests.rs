@@ -144,10 +144,17 @@ fn without_correlation_every_code_is_the_nearest() {
 
 #[test]
 fn never_above_nearest_and_well_below_it() {
-    let n = 512;
+    // whole panels, and a last one that is shorter
+    for n in [512, 544] {
+        let rounded = GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some());
+        below_nearest(n, rounded.filter(|t| n.is_multiple_of(t.block_len())));
+    }
+}
+
+fn below_nearest(n: usize, types: impl Iterator<Item = GgmlType>) {
     let f = Factor::new(&hessian(n, 2), 1, n, 0.01).unwrap();
     let w = values(70 * n, 6);
-    for ty in GgmlType::ALL.iter().copied().filter(|t| Grid::of(*t).is_some() || Codebook::of(*t).is_some()) {
+    for ty in types {
         let r = round(ty.into(), &w, &w, &f).unwrap();
         let own = error(&f, &r.values, &w);
         let (_, plain) = nearest(ty, &w, &f).unwrap();

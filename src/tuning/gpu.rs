@@ -18,7 +18,8 @@ use crate::forward::interrupted;
 /// How passes are computed on the device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Passes {
-    /// Products of the passes that gradients come from round their factors to bf16; losses of windows held out stay in f32.
+    /// Products of the passes that gradients come from, of both models, may round their factors to bf16. Losses of windows held
+    /// out stay in f32, and so do the weights that learning makes.
     pub bf16: bool,
     /// Compute each layer again on the way back, even where there is room for what all layers leave.
     pub again: bool,
@@ -219,6 +220,15 @@ pub struct Gpu<'a> {
     span: usize,
 }
 
+/// Bytes of everything that steps move and what they move it by.
+fn parameters(s: &mut Student<'_>) -> u64 {
+    let of = |b: &mut Blocks| b.state().iter().map(|v| v.len()).sum::<usize>();
+    let linears = s.tuned.iter_mut().flat_map(|t| t.linears.iter_mut().flatten()).map(of).sum::<usize>();
+    let tables = std::iter::once(&mut s.embedding).chain(&mut s.output);
+    let tables = tables.filter_map(|t| Some(of(t.blocks.as_mut()?) + t.weight.len())).sum::<usize>();
+    4 * (linears + tables) as u64
+}
+
 impl<'a> Gpu<'a> {
     /// For windows of `length` tokens, `batch` of them at a time.
     pub fn new(
@@ -229,7 +239,8 @@ impl<'a> Gpu<'a> {
         admitted(student.model)?;
         let gpu = Cuda::open()?;
         let s = &mut student;
-        let memory = |again| memory(s.model, Sizes::of(s.model, length * batch, length), again);
+        let own = parameters(s);
+        let memory = |again| memory(s.model, Sizes::of(s.model, length * batch, length), again) + own;
         let again = !gpu.room(memory(false), memory(true))? || passes.again;
         let start = Start {
             layers: &s.layers,

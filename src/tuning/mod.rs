@@ -31,7 +31,7 @@ pub enum TuningError {
     Refused(String),
     #[error("{}: {source}", file.display())]
     Io { file: PathBuf, source: std::io::Error },
-    #[error("--device cuda: {0}")]
+    #[error("the GPU: {0}")]
     Device(String),
     #[error("interrupted; what is done is kept, the same command goes on from there")]
     Interrupted,
