@@ -23,7 +23,7 @@ enum Band<'a> {
 
 /// `second += rᵀ r`, packed lower triangle as in [`super::syrk_packed`], and `cross += dᵀ r` \[n, n\] of `(cross, d)`: `r` and
 /// `d` are \[tokens, n\]. Products are summed in f32 over the tokens of the call. The same for any number of threads; beside
-/// its arguments it takes [`COLUMNS`] of a band of f32 per thread.
+/// its arguments it takes a band of 384 rows and 2048 columns of f32 at most per thread.
 pub fn add_sums(second: &mut [f64], cross: Option<(&mut [f32], &[f32])>, r: &[f32], tokens: usize, n: usize) {
     assert!(Some(second.len()) == packed_len(n) && r.len() == tokens * n, "{tokens}x{n}");
     let r = View::new(r, tokens, n);
