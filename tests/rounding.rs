@@ -99,6 +99,11 @@ fn what_cannot_be_asked_for_is_refused() {
     run(&["--measure", "--calibrate", &text]).exits(2).says("--target-size");
     run(&["--target-bpw=0", "--calibrate", &text]).exits(2).says("--target-bpw");
     run(&["--mix", "own"]).exits(2).says("not stock");
+    if cfg!(not(feature = "cuda")) {
+        run(&["--tune=5", "--calibrate", &text, "--device", "cuda"])
+            .exits(2)
+            .says("--device: this program was built without");
+    }
     run(&["--mix", "stock", "--like", "q4_k_m", "--calibrate", &text]).exits(2).says("--like");
     let recipe = dir.path().join("r.toml");
     std::fs::write(&recipe, "mix = \"stock\"\nlike = \"q4_k_m\"\n").unwrap();

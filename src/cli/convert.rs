@@ -16,12 +16,21 @@ use crate::output;
 use crate::plan::Rounding;
 use crate::plan::memory::human;
 
+/// Refuses a device that this program does not know before any work is done.
+pub fn can_use(device: crate::tuning::run::Device) -> Result<(), Failure> {
+    match device.refused() {
+        Some(why) => Err(Failure::new(USAGE, format!("--device: {why}"))),
+        None => Ok(()),
+    }
+}
+
 /// Converts.
 pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     let Some(out) = args.out().cloned() else {
         return Err(Failure::new(USAGE, "name the file to write: ostq-convert IN OUT.gguf (or --dry-run)"));
     };
     install_signal_handlers()?;
+    can_use(args.device)?;
     if args.options()?.rounding == Rounding::Gptq || args.calibrates() {
         // it takes its time
         output::check(&out, &[], None, args.force)?;

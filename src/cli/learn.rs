@@ -331,6 +331,7 @@ fn start(preset: Preset, anatomy: &Anatomy, input: &Input, seed: u64) -> Result<
 /// Learns and writes a transforms file.
 pub fn run(args: LearnArgs) -> Result<(), Failure> {
     let making = &args.making;
+    super::convert::can_use(args.device)?;
     let preset = if args.method == MethodArg::Spinquant { Preset::SpinQuant } else { Preset::OstQuant };
     let Made { opened, anatomy, state } = making.open()?;
     if !making.quiet {

@@ -57,9 +57,14 @@ pub enum Device {
     CudaBf16,
 }
 
-#[cfg(feature = "cuda")]
 impl Device {
+    /// Why this program cannot use it, whatever the machine has.
+    pub fn refused(self) -> Option<&'static str> {
+        (self != Device::Cpu && !cfg!(feature = "cuda")).then_some("this program was built without the feature `cuda`")
+    }
+
     /// How the GPU computes.
+    #[cfg(feature = "cuda")]
     pub(crate) fn passes(self) -> super::gpu::Passes {
         super::gpu::Passes { bf16: self == Device::CudaBf16, again: false }
     }
