@@ -226,7 +226,7 @@ fn engine<'a>(
             Ok(Box::new(gpu))
         }
         #[cfg(not(feature = "cuda"))]
-        _ => Err(LearningError::Device("this program was built without the feature `cuda`".into())),
+        _ => Err(LearningError::Device(crate::tuning::run::WITHOUT_CUDA.into())),
     }
 }
 

@@ -45,12 +45,7 @@ pub fn memory(model: &Model<'_>, s: Sizes, again: bool) -> u64 {
     let layers = model.spec.layers;
     let kept = kept * if again { 2 } else { layers + 1 } + layers * s.tokens * s.embed;
     let floats = kept + scratch + 4 * s.vocab * s.embed;
-    (256 << 20) + 2 * layers as u64 * layer_bytes(model) + 4 * floats as u64
-}
-
-/// Bytes of the largest layer's weights; what a source holds beside them stays where it is.
-pub fn layer_bytes(model: &Model<'_>) -> u64 {
-    model.layer_bytes() - model.source().resident()
+    (256 << 20) + 2 * layers as u64 * model.layer_weights() + 4 * floats as u64
 }
 
 /// What a layer's forward pass leaves to its backward pass, besides its output.

@@ -366,8 +366,13 @@ impl<'a> Model<'a> {
         Ok((RopeTable::new(s, &s.rope, factors.as_deref(), length), RopeTable::new(s, &s.window_rope, None, length)))
     }
 
-    /// Bytes of the largest layer as f32, and of one expert's matrices where there are any, and of what the source keeps.
+    /// Bytes of the largest layer in memory: [`Model::layer_weights`], and what the source keeps.
     pub fn layer_bytes(&self) -> u64 {
+        self.layer_weights() + self.source.resident()
+    }
+
+    /// Bytes of the weights of the largest layer as f32, of one expert's matrices where there are any.
+    pub fn layer_weights(&self) -> u64 {
         let mut largest = 0;
         for l in 0..self.spec.layers {
             let prefix = format!("blk.{l}.");
@@ -380,7 +385,7 @@ impl<'a> Model<'a> {
                 .sum();
             largest = largest.max(bytes);
         }
-        largest + self.source.resident()
+        largest
     }
 
     /// Inputs of the widest `ffn_down`.

@@ -9,7 +9,7 @@ use super::fake::Fake;
 use super::maps::{Line, Turn, Values, scales_mut};
 use super::network::{Base, HELD, held, originals, tables};
 use crate::cuda::DeviceError;
-use crate::cuda::buffers::{Sizes, layer_bytes, memory};
+use crate::cuda::buffers::{Sizes, memory};
 use crate::cuda::device::{Arg, Buffer, Cuda, Kind, Ptr, Strided, at};
 use crate::cuda::network::{Back, Network, Sink, Start, StreamTurn, admitted};
 use crate::cuda::simulated::{Turn as Online, turned};
@@ -332,9 +332,9 @@ impl Gpu {
     ) -> Result<Gpu, LearningError> {
         admitted(model)?;
         let gpu = Cuda::open()?;
-        let own = layer_bytes(model) * (model.spec.layers as u64 + 5);
-        let memory = |again| memory(model, Sizes::of(model, length * batch, length), again) + own;
-        let again = !gpu.room(memory(false), memory(true))? || passes.again;
+        let own = model.layer_weights() * (model.spec.layers as u64 + 5);
+        let sizes = Sizes::of(model, length * batch, length);
+        let again = passes.computes_again(&gpu, |again| memory(model, sizes, again) + own)?;
         let (spec, values) = (&model.spec, Values::new(start, anatomy));
         let (mut layers, mut made) = (Vec::new(), Vec::new());
         for l in 0..spec.layers {
@@ -392,7 +392,7 @@ impl Gpu {
             layers,
             down,
         };
-        let passes = if passes.bf16 { gpu.bf16() } else { gpu.clone() };
+        let passes = passes.on(&gpu);
         let mut own = Gpu { gpu, passes, network, maps, span: length * batch };
         own.fuse()?;
         Ok(own)

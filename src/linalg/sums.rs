@@ -57,7 +57,7 @@ pub fn add_sums(second: &mut [f64], cross: Option<(&mut [f32], &[f32])>, r: &[f3
             times(ViewMut::new(product, rows, width), left, r.part((0, from), tokens, width), 1.0);
             for (i, p) in product.chunks_exact(width).enumerate() {
                 match &mut to {
-                    Band::Cross(c, _) => add(&mut c[i * n + from..][..width], p),
+                    Band::Cross(c, _) => c[i * n + from..][..width].iter_mut().zip(p).for_each(|(c, p)| *c += p),
                     Band::Second(h) => {
                         // the row's own part of the triangle, as far as it reaches
                         let (at, end) = (packed_at(row + i, 0) - packed_at(row, 0), row + i + 1);
@@ -69,10 +69,6 @@ pub fn add_sums(second: &mut [f64], cross: Option<(&mut [f32], &[f32])>, r: &[f3
         }
         product.clear();
     });
-}
-
-fn add(to: &mut [f32], p: &[f32]) {
-    to.iter_mut().zip(p).for_each(|(c, p)| *c += p);
 }
 
 #[cfg(test)]

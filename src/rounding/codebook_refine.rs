@@ -7,7 +7,7 @@
 use super::codebook::{Chosen, Norms, UNIT, nearest, unit};
 use super::codebook_gptq::{SUB, TOP, Tile, UNITS, store};
 use super::factor::Factor;
-use super::refine::{Moves, Row, errors, kept_error};
+use super::refine::{Moves, Row, error, errors};
 use crate::formats::iq::codebook::{BLOCK, Codebook, Parts};
 use crate::formats::search::from_f16_bits;
 
@@ -48,7 +48,7 @@ pub fn refine<const K: usize, const EVEN: bool>(
             }
             moves.spread(f, &mut gradient, (p0, p0 + BLOCK));
         }
-        let now = kept_error(&t.values, target, &gradient);
+        let now = error(&t.values, target, &gradient);
         if now > before * (1.0 - ENOUGH) {
             break;
         }
@@ -76,7 +76,7 @@ fn block<const K: usize, const EVEN: bool>(
                 std::array::from_fn(|i| if i < k { chosen.values[i] - row.values[u + i] } else { 0.0 });
             if gain(row, u, &delta[..k]) < 0.0 {
                 store(c, parts, u, &chosen);
-                take(row, u, &delta[..k]);
+                row.steps(u, &delta[..k]);
             }
         }
         if all {
@@ -116,15 +116,6 @@ fn gain(row: &Row<'_>, at: usize, delta: &[f32]) -> f32 {
         sum += d * (2.0 * row.gradient[at + i] + along);
     }
     sum
-}
-
-#[inline(always)]
-fn take(row: &mut Row<'_>, at: usize, delta: &[f32]) {
-    for (i, d) in delta.iter().enumerate() {
-        if *d != 0.0 {
-            row.step(at + i, *d);
-        }
-    }
 }
 
 /// The scale of a sub-block by one, with the points as they are or anew.
@@ -172,7 +163,7 @@ fn rescale<const K: usize, const EVEN: bool>(
     if let Some(chosen) = anew {
         (0..c.sub).step_by(k).zip(&chosen).for_each(|(u, chosen)| store(c, parts, at + u, chosen));
     }
-    take(row, at, &moves[..c.sub]);
+    row.steps(at, &moves[..c.sub]);
 }
 
 /// `d` of a block to its least-squares place.

@@ -27,13 +27,13 @@ pub fn errors(f: &Factor, values: &[f32], target: &[f32], gradient: &mut Vec<f32
     gradient.clear();
     gradient.resize(rows * n, 0.0);
     times(ViewMut::new(gradient, rows, n), View::new(&difference, rows, n), View::new(&f.h, n, n), 1.0);
-    let row = |(d, g): (&[f32], &[f32])| d.iter().zip(g).map(|(d, g)| f64::from(*d) * f64::from(*g)).sum::<f64>();
-    difference.chunks_exact(n).zip(gradient.chunks_exact(n)).map(row).collect()
+    let rows = values.chunks_exact(n).zip(target.chunks_exact(n)).zip(gradient.chunks_exact(n));
+    rows.map(|((v, t), g)| error(v, t, g)).collect()
 }
 
-/// The sum of the errors by a gradient that was kept up to date: near enough to decide whether to go on.
+/// `Σ (v − t) g`, of a row or of several. By a gradient that was kept up to date it is near enough to decide whether to go on.
 #[inline(always)]
-pub(super) fn kept_error(values: &[f32], target: &[f32], gradient: &[f32]) -> f64 {
+pub(super) fn error(values: &[f32], target: &[f32], gradient: &[f32]) -> f64 {
     let terms = values.iter().zip(target).zip(gradient);
     terms.map(|((v, t), g)| f64::from(v - t) * f64::from(*g)).sum()
 }
@@ -75,7 +75,7 @@ pub fn refine<L: Levels>(g: &Grid, l: L, f: &Factor, t: &mut Tile, target: &[f32
         if last {
             break;
         }
-        let now = kept_error(&t.values, target, &gradient);
+        let now = error(&t.values, target, &gradient);
         done = now > before * (1.0 - ENOUGH);
         before = now;
     }
@@ -160,6 +160,16 @@ impl Row<'_> {
         self.values[j] += delta;
         let h = &self.f.h[(self.p0 + j) * self.f.n + self.p0..][..self.width];
         self.gradient.iter_mut().zip(h).for_each(|(g, h)| *g += delta * h);
+    }
+
+    /// Moves the values from `at` on.
+    #[inline(always)]
+    pub fn steps(&mut self, at: usize, delta: &[f32]) {
+        for (i, d) in delta.iter().enumerate() {
+            if *d != 0.0 {
+                self.step(at + i, *d);
+            }
+        }
     }
 
     #[inline(always)]
@@ -290,11 +300,7 @@ impl Row<'_> {
             for (code, level) in codes.iter_mut().zip(best_levels) {
                 *code = l.code(level);
             }
-            for (i, d) in best_delta.into_iter().enumerate() {
-                if d != 0.0 {
-                    self.step(at + i, d);
-                }
-            }
+            self.steps(at, &best_delta);
         }
     }
 

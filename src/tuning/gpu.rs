@@ -25,6 +25,18 @@ pub struct Passes {
     pub again: bool,
 }
 
+impl Passes {
+    /// The device, with the arithmetic of the passes that gradients come from.
+    pub(crate) fn on(self, gpu: &Cuda) -> Cuda {
+        if self.bf16 { gpu.bf16() } else { gpu.clone() }
+    }
+
+    /// Whether layers are computed again; `memory`: bytes of the device if they are not or are.
+    pub(crate) fn computes_again(self, gpu: &Cuda, memory: impl Fn(bool) -> u64) -> Result<bool, DeviceError> {
+        Ok(!gpu.room(memory(false), memory(true))? || self.again)
+    }
+}
+
 /// Buffers of some parameters; an address of 0 for those that are empty.
 fn upload(gpu: &Cuda, values: &[&mut Vec<f32>], buffers: &mut Vec<Buffer>) -> Result<Vec<Ptr>, DeviceError> {
     let mut all = Vec::new();
@@ -240,8 +252,8 @@ impl<'a> Gpu<'a> {
         let gpu = Cuda::open()?;
         let s = &mut student;
         let own = parameters(s);
-        let memory = |again| memory(s.model, Sizes::of(s.model, length * batch, length), again) + own;
-        let again = !gpu.room(memory(false), memory(true))? || passes.again;
+        let sizes = Sizes::of(s.model, length * batch, length);
+        let again = passes.computes_again(&gpu, |again| memory(s.model, sizes, again) + own)?;
         let start = Start {
             layers: &s.layers,
             embedding: &s.embedding.weight,
@@ -262,7 +274,7 @@ impl<'a> Gpu<'a> {
             embedding: Table::new(&gpu, &mut s.embedding)?,
             output: s.output.as_mut().map(|t| Table::new(&gpu, t)).transpose()?.flatten(),
         };
-        let passes = if passes.bf16 { gpu.bf16() } else { gpu.clone() };
+        let passes = passes.on(&gpu);
         Ok(Gpu { gpu, passes, student, network, tuned, span: length * batch })
     }
 

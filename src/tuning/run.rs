@@ -57,10 +57,13 @@ pub enum Device {
     CudaBf16,
 }
 
+/// What a program without the feature `cuda` says of a GPU.
+pub(crate) const WITHOUT_CUDA: &str = "this program was built without the feature `cuda`";
+
 impl Device {
     /// Why this program cannot use it, whatever the machine has.
     pub fn refused(self) -> Option<&'static str> {
-        (self != Device::Cpu && !cfg!(feature = "cuda")).then_some("this program was built without the feature `cuda`")
+        (self != Device::Cpu && !cfg!(feature = "cuda")).then_some(WITHOUT_CUDA)
     }
 
     /// How the GPU computes.
@@ -201,7 +204,7 @@ fn engine<'a>(job: &Job<'a>, student: Student<'a>) -> Result<Box<dyn Engine<'a> 
             Ok(Box::new(super::gpu::Gpu::new(student, shape, device.passes())?))
         }
         #[cfg(not(feature = "cuda"))]
-        _ => Err(TuningError::Device("this program was built without the feature `cuda`".into())),
+        _ => Err(TuningError::Device(WITHOUT_CUDA.into())),
     }
 }
 
