@@ -70,6 +70,8 @@ fn every_architecture_has_pytorchs_gradients() {
     for (name, ours) in [
         ("random-llama3", true),
         ("random-mistral", true),
+        ("random-mixtral", false),
+        ("random-qwen3moe", false),
         ("random-qwen2", true),
         ("random-qwen3", true),
         ("random-phi3", false),

@@ -27,7 +27,8 @@ fn words_are_recipes() {
     assert!(convert(&out, "exact", &[]).0 == exact);
     let (balanced, said) = convert(&out, "balanced", &["--print-recipe"]);
     assert!(balanced != exact);
-    for word in ["quality = \"balanced\"", "rounding = \"gptq\"", "like = \"q4_k_m\"", "builtin", "self"] {
+    for word in ["quality = \"balanced\"", "rounding = \"gptq\"", "like = \"q4_k_m\"", "builtin", "self", "auto:quarot"]
+    {
         assert!(said.contains(word), "{word}: {said}");
     }
     assert!(said.contains("GPTQ with corrected targets (") && said.contains("in all"), "{said}");

@@ -9,7 +9,7 @@ use std::path::Path;
 use decoder::{Memory, Numbers};
 use ostq_convert::allocation::costs;
 use ostq_convert::formats::format;
-use ostq_convert::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner};
+use ostq_convert::forward::{Activations, ForwardError, Hidden, Model, Observer, Runner, backward};
 use ostq_convert::gguf::{GgmlType, Metadata, Value};
 use ostq_convert::rounding::run::{self, Job};
 use ostq_convert::rounding::state::{Report, RoundedTensors};
@@ -233,10 +233,10 @@ fn one_of_the_three_may_stay() {
     assert!(!reports.iter().any(|r| r.name.contains("ffn_down_exps")));
 }
 
-/// What types cost the experts of a mixture is the relative error of their outputs on the tokens that they see, weighed by the mean
-/// squares of the inputs; dense linears and the head have costs, too, and more bits cost less.
+/// What types cost the experts of a mixture is ½ Σ E[g²] (ΔW H ΔWᵀ) with the mean squares of the inputs that they see, as far as they see
+/// tokens; what GPTQ gains is one factor for all three. Dense linears and the head have costs, too, and more bits cost less.
 #[test]
-fn types_of_experts_cost_their_relative_error() {
+fn types_of_experts_cost_what_their_errors_do() {
     let (memory, metadata) = mixture();
     let model = Model::new(Path::new("memory"), &memory, &metadata).unwrap();
     let moments = moments();
@@ -250,7 +250,9 @@ fn types_of_experts_cost_their_relative_error() {
     let job =
         costs::Job { model: &model, tokens: &ids, length: LENGTH, batch, backward: 8, candidates, gptq: true, state };
     let found = costs::run(&job, &mut |_, _| ()).unwrap();
+    let fisher = backward::sample(&model, &ids, LENGTH, (8, batch), state, &mut |_| ()).unwrap();
     assert_eq!(found.len(), all.len());
+    let mut gains = BTreeMap::new();
     for c in &found {
         assert!(c.choices.iter().all(|o| o.cost > 0.0) && c.choices.is_sorted_by(|a, b| a.cost > b.cost), "{c:?}");
         if !c.name.contains("_exps") {
@@ -258,30 +260,71 @@ fn types_of_experts_cost_their_relative_error() {
         }
         let index = memory.tensors.iter().position(|t| t.name == c.name).unwrap();
         let (w, n) = (&memory.values[index], memory.tensors[index].row_len() as usize);
-        let size = w.len() / EXPERTS;
+        let (size, gradients) = (w.len() / EXPERTS, fisher.of(&c.name).unwrap());
+        assert_eq!(gradients.len(), w.len() / n);
+        // those that no token comes to
+        for (e, g) in gradients.chunks(gradients.len() / EXPERTS).enumerate() {
+            assert!(moments.0.contains_key(&(c.name.clone(), e)) || g.iter().all(|g| *g == 0.0), "{} {e}", c.name);
+        }
         for (ty, choice) in choices.iter().zip(&c.choices) {
-            let (mut error, mut energy) = (0.0, 0.0);
+            let mut error = 0.0;
             for e in 0..EXPERTS {
                 let Some((count, h)) = moments.0.get(&(c.name.clone(), e)) else { continue };
-                let squares: Vec<f64> = (0..n).map(|i| h[i * n + i]).collect();
-                let importance: Vec<f32> = squares.iter().map(|s| (s / *count as f64) as f32).collect();
+                let squares: Vec<f64> = (0..n).map(|i| h[i * n + i] / *count as f64).collect();
+                let importance: Vec<f32> = squares.iter().map(|s| *s as f32).collect();
                 let own = &w[e * size..(e + 1) * size];
                 let mut bytes = vec![0u8; size / ty.block_len() * ty.block_bytes()];
                 format(*ty).unwrap().encode(own, n, Some(&importance), &mut bytes).unwrap();
                 let mut made = vec![0f32; size];
                 format(*ty).unwrap().decode(&bytes, &mut made);
                 for (i, (v, w)) in made.iter().zip(own).enumerate() {
-                    error += f64::from(v - w).powi(2) * squares[i % n];
-                    energy += f64::from(*w).powi(2) * squares[i % n];
+                    error += 0.5 * gradients[e * size / n + i / n] * f64::from(v - w).powi(2) * squares[i % n];
                 }
             }
-            assert!(
-                (choice.cost / (error / energy) - 1.0).abs() < 1e-4,
-                "{} {ty}: {} {}",
-                c.name,
-                choice.cost,
-                error / energy
-            );
+            assert!((choice.nearest / error - 1.0).abs() < 1e-4, "{} {ty}: {} {error}", c.name, choice.nearest);
+            let gain = choice.cost / choice.nearest;
+            let layer = gains.entry(c.name.split('.').nth(1).unwrap().to_string()).or_insert(gain);
+            assert!(gain < 1.0 && (gain / *layer - 1.0).abs() < 1e-9, "{}: {gain} {layer}", c.name);
+        }
+    }
+}
+
+/// The gradient at an embedding, through experts, their weights and the router, is what a small change of it does to the loss.
+#[test]
+fn gradients_of_a_mixture_are_differences_of_its_loss() {
+    let (mut memory, metadata) = mixture();
+    let (token, label) = (17u32, 40usize);
+    let loss = |memory: &Memory| -> f64 {
+        let logits = decoder::logits(memory, &metadata, &[token], &mut ());
+        let largest = f64::from(logits.iter().copied().fold(f32::MIN, f32::max));
+        let sum: f64 = logits.iter().map(|l| (f64::from(*l) - largest).exp()).sum();
+        largest + sum.ln() - f64::from(logits[label])
+    };
+    let windows = backward::Windows { length: 1, batch: 1, first: 0 };
+    let found = {
+        let model = Model::new(Path::new("memory"), &memory, &metadata).unwrap();
+        let labels = backward::Labels::Given(&[label as u32]);
+        backward::fisher_of(&model, &[token], windows, labels, None, &mut |_| ()).unwrap().embedding
+    };
+    const STEP: f32 = 4e-3;
+    let mut gradient = Vec::new();
+    for i in 0..EMBED {
+        let at = token as usize * EMBED + i;
+        let was = memory.get("token_embd.weight")[at];
+        let mut beside = |by: f32| {
+            memory.get("token_embd.weight")[at] = was + by;
+            loss(&memory)
+        };
+        let slope = (beside(STEP) - beside(-STEP)) / f64::from(2.0 * STEP);
+        memory.get("token_embd.weight")[at] = was;
+        gradient.push(slope);
+    }
+    let largest = gradient.iter().fold(0.0f64, |m, g| m.max(g * g));
+    assert!(largest > 0.0);
+    for i in 0..EMBED {
+        for j in 0..=i {
+            let (want, got) = (gradient[i] * gradient[j], found[i * (i + 1) / 2 + j]);
+            assert!((want - got).abs() < 5e-3 * largest, "{i} {j}: {got} {want} {largest}");
         }
     }
 }

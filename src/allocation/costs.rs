@@ -12,9 +12,8 @@
 //! nearest rounding. GPTQ lowers them, by about the same factor for all types, but by more where inputs are correlated: errors of
 //! one size cost `Σ_j 1 / U_jj²` in place of `Σ_j H_jj` ([`Factor`]), and costs are multiplied by the ratio.
 //!
-//! Mixtures of experts have no backward pass here. Their costs are errors relative to the output, `Σ_o (ΔW H ΔWᵀ)_oo` by
-//! `Σ_o (W H Wᵀ)_oo`, every linear counting alike; of the experts each with the diagonal of its own `H`, as often as tokens are
-//! routed to it.
+//! Experts of a mixture have the diagonal of `H` of the tokens that are routed to them, and gradients that are 0 for all other tokens.
+//! What GPTQ gains is taken to be what it gains for the router, which reads the same input.
 
 use std::path::Path;
 
@@ -45,7 +44,7 @@ const ROWS: usize = 64;
 pub struct Choice {
     pub ty: String,
     pub bytes: u64,
-    /// Predicted KL divergence; of a mixture of experts the relative error of the output.
+    /// Predicted KL divergence.
     pub cost: f64,
     /// The same of nearest rounding: without what GPTQ gains.
     pub nearest: f64,
@@ -78,21 +77,16 @@ pub struct Job<'a> {
 pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<TensorCosts>, AllocationError> {
     let model = job.model;
     let (n, layers) = (model.spec.embed, model.spec.layers);
-    let backward_steps = if model.spec.has_backward() { backward::steps(model) } else { 0 };
+    let backward_steps = backward::steps(model);
     let all = backward_steps + layers + 1;
     std::fs::create_dir_all(job.state).map_err(|source| AllocationError::Io { file: job.state.into(), source })?;
-    let mut sample =
-        || backward::sample(model, job.tokens, job.length, (job.backward, job.batch), job.state, &mut |i| step(i, all));
-    let fisher = model.spec.has_backward().then(&mut sample).transpose()?;
-    let fisher = fisher.as_ref();
+    let windows = (job.backward, job.batch);
+    let fisher = &backward::sample(model, job.tokens, job.length, windows, job.state, &mut |i| step(i, all))?;
     let bytes = (job.tokens.len() * n * 4) as u64;
     let mut streams = [Hidden::scratch(job.state, 0, bytes)?, Hidden::scratch(job.state, 1, bytes)?];
     let mut runner = Runner::new(model, job.length, Activations::F32)?;
     runner.embed(job.tokens, &mut streams[0])?;
-    let of_table = match fisher.filter(|_| job.gptq) {
-        Some(f) => embedding_factor(model, f).map_or(1.0, |f| ratio(&f)),
-        None => 1.0,
-    };
+    let of_table = if job.gptq { embedding_factor(model, fisher).map_or(1.0, |f| ratio(&f)) } else { 1.0 };
     let table_gain = |ty| if weighs_embedding(ty, model.tied()) { of_table } else { 1.0 };
     let mut costs = vec![embedding(job, &table_gain, fisher)?];
     for l in 0..layers {
@@ -111,12 +105,13 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
         }
         for linear in linears {
             if let Some(moments) = moments(&collect, &linear.name) {
-                let gain = gain(job, moments, fisher);
+                let gain = gain(job, moments);
                 add(&mut costs, of_linear(job, linear, moments, &|_| gain, fisher)?);
             }
         }
-        if let FeedForward::Experts { .. } = &layer.ffn {
-            costs.extend(of_experts(job, l, &collect.collector)?);
+        if let FeedForward::Experts { router, .. } = &layer.ffn {
+            let gain = moments(&collect, &router.name).map_or(1.0, |m| gain(job, m));
+            costs.extend(of_experts(job, l, (&collect.collector, gain), fisher)?);
         }
         step(backward_steps + l + 1, all);
     }
@@ -131,7 +126,7 @@ pub fn run(job: &Job<'_>, step: &mut dyn FnMut(usize, usize)) -> Result<Vec<Tens
         head.input(&mut x, &mut collect)?;
     }
     if let Some(moments) = moments(&collect, model.head_name()) {
-        let own = gain(job, moments, fisher);
+        let own = gain(job, moments);
         // a head that is the embedding is rounded as both
         let gain = |ty| if model.tied() { table_gain(ty) } else { own };
         add(&mut costs, of_linear(job, &model.head(Activations::F32)?, moments, &gain, fisher)?);
@@ -180,12 +175,6 @@ impl Second<'_> {
             }
         }
     }
-
-    /// `Σ_r w_rᵀ H w_r` over the rows of `w` \[rows, n\].
-    fn energy(&self, w: &[f32], n: usize) -> f64 {
-        let parts: Vec<f64> = w.par_chunks(ROWS * n).map(|w| self.norms(w, n).iter().sum()).collect();
-        parts.iter().sum()
-    }
 }
 
 /// `Σ_r weight_r d_rᵀ H d_r` over rows, `d` what rounding to `ty` changes of `w` \[rows, n\].
@@ -222,8 +211,8 @@ fn moments<'a>(collect: &'a Collect, name: &str) -> Option<&'a Moments> {
 }
 
 /// What GPTQ leaves of the errors of nearest rounding, for a linear whose inputs have these moments.
-fn gain(job: &Job<'_>, m: &Moments, fisher: Option<&Fisher>) -> f64 {
-    if !job.gptq || fisher.is_none() {
+fn gain(job: &Job<'_>, m: &Moments) -> f64 {
+    if !job.gptq {
         return 1.0;
     }
     let factor = Factor::new(m.second().unwrap_or_default(), m.count(), m.columns(), DAMPING);
@@ -242,21 +231,17 @@ fn of_linear(
     l: &Linear,
     m: &Moments,
     gain: &dyn Fn(GgmlType) -> f64,
-    fisher: Option<&Fisher>,
+    fisher: &Fisher,
 ) -> Result<TensorCosts, AllocationError> {
     let (n, name) = (l.inputs, &l.name);
     let h: Vec<f32> = mean_second(m).unwrap_or_default().iter().map(|v| *v as f32).collect();
     let importance: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
     let h = Second::Full(&h);
-    let squares = fisher.and_then(|f| f.of(name)).unwrap_or_default();
+    let squares = fisher.of(name).unwrap_or_default();
     // parts of a fused weight: the mean over all of its outputs
     let mean = squares.iter().sum::<f64>() / squares.len().max(1) as f64;
     let whole = squares.len() == l.outputs();
-    let relative = if fisher.is_none() { 1.0 / h.energy(&l.weight, n).max(f64::MIN_POSITIVE) } else { 0.0 };
-    let weight = |o: usize| match fisher {
-        None => relative,
-        Some(_) => 0.5 * if whole { squares[o] } else { mean },
-    };
+    let weight = |o: usize| 0.5 * if whole { squares[o] } else { mean };
     let choices = types(job, name).iter().map(|&ty| {
         let nearest = error(name, (&l.weight, n), ty, &importance, &h, weight)?;
         Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost: gain(ty) * nearest, nearest })
@@ -265,32 +250,39 @@ fn of_linear(
 }
 
 /// Gate, up and down of the experts of layer `l`.
-fn of_experts(job: &Job<'_>, l: usize, collected: &Collector) -> Result<Vec<TensorCosts>, AllocationError> {
-    // by part: the energy of the output, and the error of each type
-    let mut sums: [(String, f64, Vec<f64>); 3] = Default::default();
+fn of_experts(
+    job: &Job<'_>,
+    l: usize,
+    (collected, gain): (&Collector, f64),
+    fisher: &Fisher,
+) -> Result<Vec<TensorCosts>, AllocationError> {
+    // by part: the error of each type
+    let mut sums: [(String, Vec<f64>); 3] = Default::default();
     for e in 0..job.model.spec.experts {
         interrupted()?;
-        for (linear, (name, energy, errors)) in job.model.expert(l, e, Activations::F32)?.iter().zip(&mut sums) {
-            let n = linear.inputs;
+        for (linear, (name, errors)) in job.model.expert(l, e, Activations::F32)?.iter().zip(&mut sums) {
+            let (n, outputs) = (linear.inputs, linear.outputs());
             name.clone_from(&linear.name);
             let types = types(job, name);
             errors.resize(types.len(), 0.0);
             let moments = collected.moments(name).and_then(|m| m.get(e));
             // an expert that no token came to costs nothing that is known
             let Some(squares) = moments.and_then(|m| m.mean_square()) else { continue };
-            let share = moments.map_or(0, |m| m.count()) as f64 / job.tokens.len() as f64;
             let importance: Vec<f32> = squares.iter().map(|v| *v as f32).collect();
             let h = Second::Diagonal(&importance);
-            *energy += share * h.energy(&linear.weight, n);
+            let gradients = fisher.of(name).and_then(|g| g.get(e * outputs..(e + 1) * outputs)).unwrap_or_default();
+            let weight = |o: usize| 0.5 * gradients.get(o).copied().unwrap_or_default();
             for (sum, &ty) in errors.iter_mut().zip(types) {
-                *sum += error(name, (&linear.weight, n), ty, &importance, &h, |_| share)?;
+                *sum += error(name, (&linear.weight, n), ty, &importance, &h, weight)?;
             }
         }
     }
-    let costs = sums.map(|(name, energy, errors)| {
-        let choice = |(&ty, error): (&GgmlType, f64)| {
-            let cost = error / energy.max(f64::MIN_POSITIVE);
-            Choice { ty: ty.name().into(), bytes: bytes(job, &name, ty), cost, nearest: cost }
+    let costs = sums.map(|(name, errors)| {
+        let choice = |(&ty, nearest): (&GgmlType, f64)| Choice {
+            ty: ty.name().into(),
+            bytes: bytes(job, &name, ty),
+            cost: gain * nearest,
+            nearest,
         };
         let choices = types(job, &name).iter().zip(errors).map(choice).collect();
         TensorCosts { name, choices }
@@ -304,30 +296,16 @@ fn bytes(job: &Job<'_>, name: &str, ty: GgmlType) -> u64 {
 }
 
 /// The embedding, each row as often as the text has it.
-fn embedding(
-    job: &Job<'_>,
-    gain: &dyn Fn(GgmlType) -> f64,
-    fisher: Option<&Fisher>,
-) -> Result<TensorCosts, AllocationError> {
+fn embedding(job: &Job<'_>, gain: &dyn Fn(GgmlType) -> f64, fisher: &Fisher) -> Result<TensorCosts, AllocationError> {
     let name = "token_embd.weight";
     let (n, vocab) = (job.model.spec.embed, job.model.vocab);
     let mut counts = vec![0u64; vocab];
     job.tokens.iter().for_each(|&t| counts[t as usize] += 1);
     let mut table = vec![0f32; vocab * n];
     job.model.embedding_rows(0, vocab, &mut table)?;
-    let g: Option<Vec<f32>> =
-        fisher.map(|f| crate::linalg::unpack(&f.embedding, n).iter().map(|v| *v as f32).collect());
-    let ones = vec![1f32; n];
-    let g = g.as_ref().map_or(Second::Diagonal(&ones), |g| Second::Full(g));
-    let often = |v: usize| counts[v] as f64 / job.tokens.len() as f64;
-    let scale = match fisher {
-        Some(_) => 0.5,
-        None => {
-            let norms = table.chunks_exact(n).enumerate().map(|(v, row)| often(v) * g.norms(row, n)[0]);
-            1.0 / norms.sum::<f64>().max(f64::MIN_POSITIVE)
-        }
-    };
-    let weight = |v: usize| scale * often(v);
+    let g: Vec<f32> = crate::linalg::unpack(&fisher.embedding, n).iter().map(|v| *v as f32).collect();
+    let (ones, g) = (vec![1f32; n], Second::Full(&g));
+    let weight = |v: usize| 0.5 * counts[v] as f64 / job.tokens.len() as f64;
     let choices = types(job, name).iter().map(|&ty| {
         let nearest = error(name, (&table, n), ty, &ones, &g, weight)?;
         Ok(Choice { ty: ty.name().into(), bytes: bytes(job, name, ty), cost: gain(ty) * nearest, nearest })

@@ -111,12 +111,8 @@ pub fn run(
             return Err(AllocationError::Measured { tensor: costs.name.clone(), ty: choice.ty.clone() });
         }
         let told = kld > LEAST;
-        // of a mixture costs are in another unit: all must be measured
-        let factor = match model.spec.has_backward() {
-            true => told.then(|| (kld / choice.nearest).clamp(1.0 / MOST, MOST)),
-            false => Some(kld.max(LEAST) / choice.nearest),
-        };
-        if let Some(factor) = factor {
+        if told {
+            let factor = (kld / choice.nearest).clamp(1.0 / MOST, MOST);
             costs.choices.iter_mut().for_each(|c| (c.cost, c.nearest) = (c.cost * factor, c.nearest * factor));
         }
         found.push(told.then_some(kld));

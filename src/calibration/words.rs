@@ -117,9 +117,12 @@ fn own(
     let joints = joints(wanted.encoder)?;
     let path = wanted.state.join(FILE);
     let io = |e| CalibrationError::Input(CheckpointError::io(&path, e));
+    // behind transforms it is the same model
+    let source = model.source();
+    let original = source.transformed().map_or(source, |t| t.original());
     let empty = Written {
         version: env!("CARGO_PKG_VERSION").into(),
-        fingerprint: fingerprint::fingerprint(model.source()),
+        fingerprint: fingerprint::fingerprint(original),
         seed: SEED,
         length,
         count,

@@ -90,7 +90,8 @@ pub fn apply(
         (Budget::Like(_), Some(mix)) => mix.layout.file_size,
         (Budget::Like(_), None) => plan.layout.file_size,
     };
-    let Predicted { mut costs, mut unit } = predicted(args, options, input, plan, state)?;
+    let mut costs = predicted(args, options, input, plan, state)?;
+    let mut unit = "predicted KLD";
     let mut tensors = candidates_of(&costs);
     let free: u64 = plan.tensors.iter().filter(|t| costs.iter().any(|c| c.name == t.name)).map(|t| t.bytes).sum();
     // header, tensors that keep their type, and the padding of each tensor
@@ -180,11 +181,7 @@ fn measured(
         let sum: f64 = found.iter().flatten().sum();
         let none = found.iter().filter(|f| f.is_none()).count();
         let few = if none > 0 { format!("; {none} too small to tell") } else { String::new() };
-        let predicted = match model.spec.has_backward() {
-            true => format!("; {before:.5} predicted"),
-            false => String::new(),
-        };
-        print::stderr(&format!("measured: {sum:.5} in all, rounded to nearest one by one{predicted}{few}"));
+        print::stderr(&format!("measured: {sum:.5} in all, rounded to nearest one by one; {before:.5} predicted{few}"));
     }
     kept.costs = costs;
     kept.save(&file)?;
@@ -239,13 +236,6 @@ impl Kept {
     }
 }
 
-/// What types cost.
-struct Predicted {
-    costs: Vec<TensorCosts>,
-    /// What it is measured in.
-    unit: &'static str,
-}
-
 /// The costs, from the state folder if they are there.
 fn predicted(
     args: &ConvertArgs,
@@ -253,20 +243,20 @@ fn predicted(
     input: &Input,
     plan: &Plan,
     state: &Path,
-) -> Result<Predicted, Failure> {
+) -> Result<Vec<TensorCosts>, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
     let recipe = &options.recipe;
     let length = recipe.ctx.unwrap_or(512) as usize;
     let prepared = Prepared::new((path, input), &request(args, recipe, state, length))?;
     let (model, all) = (&prepared.model, &prepared.tokens);
     let tokens = &all[..all.len().min(WINDOWS * length)];
-    let backward = if model.spec.has_backward() { SAMPLE.min(tokens.len() / length) } else { 0 };
-    let unit = if backward > 0 { "predicted KLD" } else { "sum of relative errors" };
+    let backward = SAMPLE.min(tokens.len() / length);
     let candidates = candidates(plan, input, options);
     let mut kept = Kept::new(options, model, tokens, &candidates);
-    let file = state.join("allocation.json");
+    // candidates of `--transform auto` are models of their own
+    let file = state.join(format!("allocation-{}.json", &kept.fingerprint[..16]));
     if let Some(costs) = kept.found(&file) {
-        return Ok(Predicted { costs, unit });
+        return Ok(costs);
     }
     if !args.quiet {
         print::stderr(&format!(
@@ -274,11 +264,6 @@ fn predicted(
             tokens.len(),
             backward * length
         ));
-        if backward == 0 {
-            print::stderr(
-                "warning: a mixture of experts has no backward pass: types by relative errors of the outputs",
-            );
-        }
     }
     let job = costs::Job { model, tokens, length, batch: BATCH, backward: SAMPLE, candidates, gptq: kept.gptq, state };
     let mut steps: Option<Steps> = None;
@@ -293,7 +278,7 @@ fn predicted(
         s.finish();
     }
     kept.save(&file)?;
-    Ok(Predicted { costs: kept.costs, unit })
+    Ok(kept.costs)
 }
 
 /// The frontier, and what moved against the mix.

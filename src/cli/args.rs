@@ -35,7 +35,7 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "TYPE", help_heading = "Types")]
     via: Option<String>,
     /// How much to do for quality: exact (llama.cpp's bytes), fast (an importance matrix and a better search of scales), balanced
-    /// (types allocated at the size of the type's mix, GPTQ) or best (balanced and tuning) [default: balanced, or what
+    /// (types allocated at the size of the type's mix, GPTQ, rotations where they measure better) or best (balanced and tuning) [default: balanced, or what
     /// OSTQ_QUALITY says; with --calibrate, --imatrix, --rounding or --outtype: what these say].
     #[arg(long, value_name = "WORD", help_heading = "Types")]
     quality: Option<String>,
@@ -134,8 +134,8 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t, help_heading = "Run")]
     pub device: crate::tuning::run::Device,
     /// Transforms that leave the model's function as it is: none, smoothquant, awq, quarot, womi, spinquant and ostquant (these
-    /// two are learned), auto (all of them tried, and the one taken that pays, or none), or a file that `transform` or `learn`
-    /// wrote. All but quarot and womi need --calibrate.
+    /// two are learned), auto (all of them tried, and the one taken that pays, or none; auto:quarot,womi: these), or a file that
+    /// `transform` or `learn` wrote. All but quarot and womi need --calibrate.
     #[arg(long, value_name = "NAME|FILE", help_heading = "Transforms")]
     transform: Option<PathBuf>,
     /// How much of the differences between inputs smoothquant moves to the weights, 0 to 1 [default: 0.5].

@@ -1,4 +1,4 @@
-//! `--transform auto`: every preset tried on this model with these types and this rounding, and the one taken that pays.
+//! `--transform auto`: presets tried on this model with the types that it would get and this rounding, and the one taken that pays.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::calibration::{fingerprint, windows};
 use crate::forward::Model;
 use crate::gguf::Metadata;
 use crate::plan::memory::human;
-use crate::plan::{Input, Options, Plan, Rounding};
+use crate::plan::{Input, Options, Plan, Recipe, Rounding};
 use crate::rounding::matrix::Form;
 use crate::rounding::run::{self, Job};
 use crate::rounding::state::{RoundedTensors, forget};
@@ -30,11 +30,19 @@ const BATCH: usize = 8;
 /// A transform is taken where the divergence falls below this part of that without one: less may be chance.
 const PAYS: f64 = 0.98;
 
-const CANDIDATES: [Preset; 6] =
-    [Preset::SmoothQuant, Preset::Awq, Preset::QuaRot, Preset::Womi, Preset::SpinQuant, Preset::OstQuant];
+/// Tokens that each candidate is rounded on, in windows of `length`.
+pub fn tokens(length: usize) -> usize {
+    WINDOWS * length
+}
+
+/// What a candidate takes: the model twice in f32, and a batch.
+pub fn memory(model: &Model<'_>, recipe: &Recipe) -> u64 {
+    let weights: u64 = model.source().tensors().iter().map(|t| t.elements() * 4).sum();
+    2 * weights + student::least(model, BATCH * recipe.ctx.unwrap_or(512) as usize)
+}
 
 /// Why a preset is not tried.
-fn unfit(preset: Preset, anatomy: &Anatomy) -> Option<String> {
+pub fn unfit(preset: Preset, anatomy: &Anatomy) -> Option<String> {
     let turns = !matches!(preset, Preset::SmoothQuant | Preset::Awq);
     if turns && anatomy.tied && anatomy.admits(Pair::Stream) {
         // a head of its own costs more than it could bring
@@ -51,6 +59,7 @@ pub fn choose(
     options: &Options,
     (path, input): (&Path, &Input),
     anatomy: &Anatomy,
+    candidates: &[Preset],
     make: &dyn Fn(Preset, usize) -> Result<Transforms, Failure>,
 ) -> Result<Option<Transforms>, Failure> {
     let say = |line: String| {
@@ -61,6 +70,27 @@ pub fn choose(
     if anatomy.spec.experts > 0 {
         say("warning: --transform auto: mixtures of experts are not measured yet: none".into());
         return Ok(None);
+    }
+    let (fit, unfit): (Vec<_>, Vec<_>) =
+        candidates.iter().map(|&p| (p, unfit(p, anatomy))).partition(|(_, u)| u.is_none());
+    for (preset, why) in unfit {
+        say(format!("transform {}: not tried: {}", preset.name(), why.unwrap_or_default()));
+    }
+    if fit.is_empty() {
+        return Ok(None);
+    }
+    let needed = memory(&Model::new(path, &*input.source, &input.metadata)?, &options.recipe);
+    let room = super::round::room(args.max_memory);
+    if needed > room {
+        let why = format!("needs {} of memory; {} are there", human(needed), human(room));
+        return match args.plain_recipe()?.transform {
+            Some(_) => Err(Failure::new(RESOURCE, format!("--transform auto {why}"))),
+            // nobody asked for it: the word did
+            None => {
+                say(format!("transforms: not measured, which {why}"));
+                Ok(None)
+            }
+        };
     }
     let r = &options.recipe;
     let state = state_of(args.out().map_or(Path::new("transforms"), |p| p));
@@ -83,15 +113,14 @@ pub fn choose(
         return Ok(None);
     }
     let windows = tokens.len() / length - judged / length;
-    let trial = Trial { args, options, path, text, last, length, state: &state.join("auto") };
+    // what it says of allocations is said by the conversion
+    let mut quiet = args.clone();
+    quiet.quiet = true;
+    let trial = Trial { args: &quiet, options, path, text, last, length, state: &state };
     let plain = trial.divergence(None)?;
     say(format!("transform none: KLD {plain:.6} on {} windows held out", judged / length));
     let mut best = (plain * PAYS, None);
-    for preset in CANDIDATES {
-        if let Some(why) = unfit(preset, anatomy) {
-            say(format!("transform {}: not tried: {why}", preset.name()));
-            continue;
-        }
+    for (preset, _) in fit {
         let start = Instant::now();
         let tried = make(preset, windows).and_then(|made| Ok((trial.divergence(Some(&made))?, made)));
         let (kld, made) = match tried {
@@ -121,6 +150,7 @@ struct Trial<'a> {
     text: &'a [u32],
     last: &'a [u32],
     length: usize,
+    /// Of the conversion: a candidate's allocation is kept there for the one that is taken.
     state: &'a Path,
 }
 
@@ -132,30 +162,32 @@ impl Trial<'_> {
         if let Some(t) = transforms {
             input.transform(path, Arc::new(t.clone()))?;
         }
-        let plan = Plan::new(&input, options, Some(&super::plan::supposed(&input)), Metadata::new())?;
+        let supposed = super::plan::supposed(&input);
+        let mut plan = Plan::new(&input, options, Some(&supposed), Metadata::new())?;
+        super::plan::allocate(args, options, &input, (&mut plan, &Metadata::new()), Some(&supposed), self.state)?;
         let model = Model::new(path, &*input.source, &input.metadata)?;
-        let weights: u64 = input.source.tensors().iter().map(|t| t.elements() * 4).sum();
-        let needed = 2 * weights + student::least(&model, BATCH * length);
-        let room = super::round::room(args.max_memory);
-        if needed > room {
-            let why = format!("--transform auto needs {} of memory; {} are there", human(needed), human(room));
-            return Err(Failure::new(RESOURCE, why));
-        }
         let pool = pool(args.threads())?;
+        let rounds = self.state.join("auto");
         let result: Result<f64, Failure> = pool.install(|| {
-            let rounded = self.rounded(&plan, &input, &model)?;
+            let rounded = self.rounded(&plan, &input, &model, &rounds)?;
             let student = Student::new(&model, &rounded, 0, true)?;
             let mut engine = Processor::new(&model, student, length, BATCH)?;
             Ok(engine.loss(self.last)?)
         });
         if !matches!(&result, Err(e) if e.code == INTERRUPTED) {
-            forget(self.state);
+            forget(&rounds);
         }
         result
     }
 
     /// The blocks of every tensor that the plan rounds.
-    fn rounded(&self, plan: &Plan, input: &Input, model: &Model<'_>) -> Result<BTreeMap<String, Rounded>, Failure> {
+    fn rounded(
+        &self,
+        plan: &Plan,
+        input: &Input,
+        model: &Model<'_>,
+        state: &Path,
+    ) -> Result<BTreeMap<String, Rounded>, Failure> {
         let types = super::round::types(plan, input);
         if self.options.rounding == Rounding::Gptq {
             let job = Job {
@@ -170,10 +202,10 @@ impl Trial<'_> {
                 batch: BATCH,
                 backward: 0,
                 keep: true,
-                state: self.state,
+                state,
             };
             run::run(&job, &mut Steps::new("layer", model.spec.layers, true))?;
-            return super::tune::rounded_of(plan, &RoundedTensors::open(self.state, types.into_iter())?);
+            return super::tune::rounded_of(plan, &RoundedTensors::open(state, types.into_iter())?);
         }
         let row_scales = self.options.recipe.row_scales;
         let imatrix = super::calibrate::before(self.args, &self.options.recipe, input)?;

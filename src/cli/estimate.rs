@@ -1,20 +1,25 @@
 //! How long a conversion will take on this machine, from the work that its plan holds and a short measurement.
 
+use std::path::Path;
 use std::time::Instant;
 
 use super::args::ConvertArgs;
 use super::calibrate::pool;
 use super::round::windows;
-use super::{Failure, print};
+use super::{Failure, choose, print};
 use crate::forward::{Model, Spec};
+use crate::gguf::Metadata;
 use crate::plan::quality::Quality;
-use crate::plan::{Input, OWN, Plan, Recipe, Rounding};
+use crate::plan::{Input, OWN, Options, Plan, Recipe, Rounding};
+use crate::transform::{Anatomy, Preset};
 
 /// Seconds by stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Estimate {
     /// Text that the model writes.
     pub text: f64,
+    /// Candidates of `--transform auto`, and none.
+    pub transforms: f64,
     pub allocation: f64,
     pub rounding: f64,
     pub tuning: f64,
@@ -22,7 +27,7 @@ pub struct Estimate {
 
 impl Estimate {
     pub fn total(&self) -> f64 {
-        self.text + self.allocation + self.rounding + self.tuning
+        self.text + self.transforms + self.allocation + self.rounding + self.tuning
     }
 }
 
@@ -87,13 +92,11 @@ impl Work {
         16_384.0 * (4.0 * self.pass() + 6.0 * self.head) / (0.6 * self.rate)
     }
 
-    /// `backward`: there is a backward pass.
-    fn allocation(&self, types: f64, backward: bool) -> f64 {
+    fn allocation(&self, types: f64) -> f64 {
         // 64 windows forward; every type of every tensor is rounded once
         let flops = 32_768.0 * (self.pass() + self.squares);
-        flops / (0.6 * self.rate)
-            + if backward { self.backward() } else { 0.0 }
-            + types * (self.weights + 2.0 * self.head) * 9e3 / self.rate
+        let rounded = types * (self.weights + 2.0 * self.head);
+        flops / (0.6 * self.rate) + self.backward() + rounded * 9e3 / self.rate
     }
 
     /// Half of the layers, and the head for both models, for each tensor.
@@ -112,8 +115,24 @@ impl Work {
     }
 }
 
+/// Presets that `recipe` has measured on this model: in closed form, and learned.
+fn tried(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) -> (usize, usize) {
+    let word = recipe.transform.as_deref().and_then(Path::to_str);
+    let Some(word) = word.filter(|w| Preset::parse(w) == Some(Preset::Auto)) else { return (0, 0) };
+    let path = args.input.as_deref().expect("required by the parser");
+    let Ok(anatomy) = Anatomy::new(path, &*input.source, &input.metadata) else { return (0, 0) };
+    if input.transform.is_some() || choose::memory(model, recipe) > super::round::room(args.max_memory) {
+        return (0, 0);
+    }
+    let presets = Preset::candidates(word).unwrap_or_default();
+    let (learned, closed): (Vec<Preset>, Vec<Preset>) =
+        presets.into_iter().filter(|&p| choose::unfit(p, &anatomy).is_none()).partition(|p| p.learns());
+    (closed.len(), learned.len())
+}
+
 /// The time that what a recipe asks for will take.
-pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocates: bool) -> Result<Estimate, Failure> {
+pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) -> Result<Estimate, Failure> {
+    let allocates = recipe.like.is_some() || recipe.target_size.is_some() || recipe.target_bpw.is_some();
     let pool = pool(args.threads())?;
     let length = recipe.ctx.unwrap_or(512) as usize;
     let work = Work::new(model, length, rate(&pool));
@@ -123,19 +142,34 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, allocate
     // four bytes a token, roughly
     let bytes: u64 = given.map(|p| std::fs::metadata(p).map_or(170_000, |m| m.len())).sum();
     let missing = (tokens - bytes as f64 / 4.0).max(0.0);
-    let (dense, tied) = (model.spec.has_backward(), model.tied());
     let paths = if recipe.one_pass { 1.0 } else { 2.0 };
     // tuning wants more of it
     let more = match recipe.tune.filter(|_| own && recipe.tune_text.is_empty()) {
         Some(steps) => (super::tune::windows_of(recipe, steps) * length) as f64 - bytes as f64 / 4.0,
         None => 0.0,
     };
+    // an embedding that is the head as well is weighed by gradients
+    let rounding = |tokens: f64| work.rounding(tokens, paths) + if model.tied() { work.backward() } else { 0.0 };
+    let allocation = if allocates { work.allocation(7.0) } else { 0.0 };
+    let transforms = match tried(args, recipe, model, input) {
+        (0, 0) => 0.0,
+        // what is taken is allocated once
+        (closed, learned) => {
+            let steps = f64::from(super::learn::STEPS);
+            (closed + learned + 1) as f64 * rounding(tokens.min(choose::tokens(length) as f64))
+                + (closed + learned) as f64 * allocation
+                + learned as f64
+                    * work.tuning(
+                        steps,
+                        (super::learn::settings(Preset::OstQuant, super::learn::STEPS, 0).batch * length) as f64,
+                    )
+        }
+    };
     Ok(Estimate {
+        transforms,
         text: if own { work.text(missing) + if more > missing { work.text(more) } else { 0.0 } } else { 0.0 },
-        allocation: if allocates { work.allocation(7.0, dense) } else { 0.0 }
-            + if recipe.measure { work.measuring(&model.spec) } else { 0.0 },
-        // an embedding that is the head as well is weighed by gradients
-        rounding: work.rounding(tokens, paths) + if dense && tied { work.backward() } else { 0.0 },
+        allocation: allocation + if recipe.measure { work.measuring(&model.spec) } else { 0.0 },
+        rounding: rounding(tokens),
         tuning: recipe
             .tune
             .map_or(0.0, |steps| work.tuning(f64::from(steps), (super::tune::batch(recipe) * length) as f64)),
@@ -152,16 +186,18 @@ pub fn words(seconds: f64) -> String {
 }
 
 /// Says before it starts what a conversion will do, and about how long it takes.
-pub fn announce(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan, how: Rounding) -> Result<(), Failure> {
-    if args.quiet || how != Rounding::Gptq {
+pub fn announce(args: &ConvertArgs, options: &Options, input: &Input) -> Result<(), Failure> {
+    if args.quiet || options.rounding != Rounding::Gptq {
         return Ok(());
     }
     let path = args.input.as_deref().expect("required by the parser");
+    let recipe = &options.recipe;
+    let plan = Plan::new(input, options, Some(&super::plan::supposed(input)), Metadata::new())?;
     let model = Model::new(path, &*input.source, &input.metadata)?;
-    let allocates = recipe.like.is_some() || recipe.target_size.is_some() || recipe.target_bpw.is_some();
-    let e = estimate(args, recipe, &model, allocates)?;
+    let e = estimate(args, recipe, &model, input)?;
     let stages = [
         (e.text, "text from the model itself"),
+        (e.transforms, "transforms measured"),
         (e.allocation, "types allocated at a size"),
         (e.rounding, "GPTQ with corrected targets"),
         (e.tuning, "tuning"),
@@ -191,7 +227,7 @@ pub fn within(
     let total = |quality: Quality, steps: Option<u32>| {
         let mut spelled = crate::plan::quality::spelled_out(recipe.clone(), quality);
         spelled.tune = steps;
-        estimate(args, &spelled, &model, spelled.like.is_some()).map(|e| e.total())
+        estimate(args, &spelled, &model, input).map(|e| e.total())
     };
     if total(Quality::Balanced, None)? > budget {
         return Ok((Quality::Fast, None));
@@ -222,6 +258,6 @@ mod tests {
         assert!(slow.rounding(1e5, 2.0) > fast.rounding(1e5, 2.0));
         assert!(slow.rounding(1e5, 2.0) > slow.rounding(1e5, 1.0));
         assert!(slow.tuning(100.0, 4096.0) > slow.tuning(50.0, 4096.0));
-        assert!(slow.text(1e5) > 0.0 && slow.allocation(7.0, true) > slow.allocation(1.0, true));
+        assert!(slow.text(1e5) > 0.0 && slow.allocation(7.0) > slow.allocation(1.0));
     }
 }

@@ -8,6 +8,7 @@ use super::args::ConvertArgs;
 use super::{Failure, REFUSED, RESOURCE, print};
 use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
+use crate::gguf::Metadata;
 use crate::plan::memory::{self, Memory, human};
 use crate::plan::{Budget, Input, Options, Plan, Rounding, Target};
 use crate::transform::Transforms;
@@ -35,6 +36,9 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
         options = Options::resolve(recipe).map_err(|e| Failure::new(super::USAGE, e))?;
     }
     settle(args, &mut options, &mut input, path)?;
+    if calibrate {
+        super::estimate::announce(args, &options, &input)?;
+    }
     let r = &options.recipe;
     let mut given = r.imatrix.as_deref().map(Imatrix::load).transpose()?;
     let transforms = super::transform::apply(args, &options, &mut input, given.as_mut(), calibrate)?;
@@ -57,32 +61,18 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
             return Err(Failure::new(super::USAGE, why));
         }
     }
-    if calibrate {
-        super::estimate::announce(args, r, &input, &plan, options.rounding)?;
-    }
     // the word asks for an allocation, but a plan alone reads headers only
     let later = !calibrate && options.recipe.quality.is_some() && !args.sizes();
     if later && options.budget.is_some() {
         plan.warnings
             .push("types are the mix's: which tensor gets which is allocated when the model is converted".into());
     }
-    if let Some(budget) = options.budget.filter(|_| !later) {
-        let mix = match budget {
-            Budget::Like(f) => {
-                let options = Options { target: Target::Quantize(f), ..options.clone() };
-                Some(Plan::new(&input, &options, imatrix.as_ref(), keys)?)
-            }
-            _ => None,
-        };
-        if let Some(mix) = &mix {
-            plan.retype(&mix.tensors.iter().map(|t| (t.name.clone(), t.ty)).collect())
-                .map_err(|e| Failure::new(REFUSED, e))?;
-        }
+    if !later {
         let state = match args.out() {
             Some(out) => super::calibrate::state_of(out),
             None => std::env::temp_dir().join(format!("ostq-plan-{}", std::process::id())),
         };
-        super::allocate::apply(args, &options, &input, &mut plan, budget, mix.as_ref(), &state)?;
+        allocate(args, &options, &input, (&mut plan, &keys), imatrix.as_ref(), &state)?;
         if args.out().is_none() {
             crate::rounding::state::forget(&state);
         }
@@ -91,6 +81,30 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     Ok(Prepared { input, options, plan, imatrix, memory, transforms })
+}
+
+/// Gives the tensors of `plan` the types that a size allocates, where one is asked for; `keys` are those that it was made with.
+pub fn allocate(
+    args: &ConvertArgs,
+    options: &Options,
+    input: &Input,
+    (plan, keys): (&mut Plan, &Metadata),
+    imatrix: Option<&Imatrix>,
+    state: &std::path::Path,
+) -> Result<(), Failure> {
+    let Some(budget) = options.budget else { return Ok(()) };
+    let mix = match budget {
+        Budget::Like(f) => {
+            let options = Options { target: Target::Quantize(f), ..options.clone() };
+            Some(Plan::new(input, &options, imatrix, keys.clone())?)
+        }
+        _ => None,
+    };
+    if let Some(mix) = &mix {
+        plan.retype(&mix.tensors.iter().map(|t| (t.name.clone(), t.ty)).collect())
+            .map_err(|e| Failure::new(REFUSED, e))?;
+    }
+    super::allocate::apply(args, options, input, plan, budget, mix.as_ref(), state)
 }
 
 /// Takes back what the recipe asks for and this model cannot have: loudly where a word or a default asked for it; what the
@@ -102,32 +116,30 @@ fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &s
     let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
     let asked = args.plain_recipe()?;
     if mixture && asked.tune.is_some() {
-        return Err(Failure::new(REFUSED, "--tune: mixtures of experts have no backward pass yet"));
+        return Err(Failure::new(REFUSED, "--tune: mixtures of experts are not tuned yet"));
     }
     if options.recipe.quality.is_none() {
         return Ok(());
     }
     let sized = asked.target_size.is_some() || asked.target_bpw.is_some() || asked.like.is_some();
     let mut r = options.recipe.clone();
-    let without =
-        |r: &mut crate::plan::Recipe| (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
     let model = crate::forward::Model::new(path, &*input.source, &input.metadata).map(|m| m.spec.experts > 0);
     let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
     match model.map_err(|e| e.to_string()).and_then(|m| encoder.map(|()| m).map_err(|e| e.to_string())) {
         Ok(false) => return Ok(()),
-        Ok(true) if sized => {
+        Ok(true) => {
+            // nothing writes text, tunes or measures transforms yet that has experts
             r.tune = None;
+            r.transform.clone_from(&asked.transform);
             r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
+            if options.recipe.tune.is_some() {
+                input.warnings.push("a mixture of experts: nothing is tuned".into());
+            }
         }
         Err(why) if sized => return Err(Failure::new(REFUSED, format!("{why}: types cannot be allocated"))),
-        Ok(true) => {
-            // there is no backward pass for experts, and no cache to write text with
-            without(&mut r);
-            r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
-            input.warnings.push("a mixture of experts: types are the mix's, nothing is tuned".into());
-        }
         Err(why) => {
-            without(&mut r);
+            (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
+            r.transform.clone_from(&asked.transform);
             r.calibrate.clear();
             r.rounding = Some("nearest".into());
             let how = "rounding to nearest, as llama.cpp does without an importance matrix";

@@ -26,7 +26,7 @@ const BATCH: usize = 16;
 /// Whether errors of the embedding are weighed by gradients.
 fn weighs_embedding(plan: &Plan, model: &Model<'_>) -> bool {
     let weighs = |t: &PlannedTensor| t.name == "token_embd.weight" && run::weighs_embedding(t.ty, model.tied());
-    model.spec.has_backward() && plan.tensors.iter().any(weighs)
+    plan.tensors.iter().any(weighs)
 }
 
 /// The tensors of a plan that GPTQ rounds: matrices of layers, the head, the embedding, where their type is a block format.

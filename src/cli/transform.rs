@@ -156,11 +156,19 @@ pub fn apply(
     let r = &options.recipe;
     let path = args.input.as_deref().expect("required by the parser");
     let Some(what) = r.transform.as_deref().filter(|w| named(w) != Some(Preset::None)) else { return Ok(None) };
+    // a word's transforms are measured where there is something to measure
+    let implied = args.plain_recipe()?.transform.is_none();
+    if implied && input.transform.is_some() {
+        return Ok(None);
+    }
     if let Some((name, _)) = &input.transform {
         let why = format!("{}: was made with the transform `{name}` already; take the original", path.display());
         return Err(Failure::new(REFUSED, why));
     }
-    let anatomy = Anatomy::new(path, &*input.source, &input.metadata)?;
+    let anatomy = match Anatomy::new(path, &*input.source, &input.metadata) {
+        Err(_) if implied => return Ok(None),
+        anatomy => anatomy?,
+    };
     let preset = named(what);
     if let Some(p) = preset {
         input.warnings.extend(preset::left_out(p, &anatomy));
@@ -171,7 +179,9 @@ pub fn apply(
         Some(Preset::Womi | Preset::SpinQuant | Preset::OstQuant) if !calibrate => preset::quarot(&anatomy, 0),
         Some(Preset::Auto) => {
             let make = |p: Preset, windows: usize| made(p, windows, (args, options), (path, input), &anatomy);
-            match super::choose::choose(args, options, (path, input), &anatomy, &make)? {
+            let word = what.to_str().expect("it names presets");
+            let candidates = Preset::candidates(word).map_err(|e| Failure::new(USAGE, e))?;
+            match super::choose::choose(args, options, (path, input), &anatomy, &candidates, &make)? {
                 Some(chosen) => chosen,
                 None => return Ok(None),
             }

@@ -24,7 +24,7 @@ pub fn admitted(model: &Model<'_>) -> Result<(), DeviceError> {
     if (0..s.layers).any(|l| s.window_of(l).is_some()) {
         return refused("sliding windows are not there yet");
     }
-    let layer = LayerBack::new(model.layer(0, Activations::F32)?, s)?;
+    let layer = LayerBack::dense(model.layer(0, Activations::F32)?, s)?;
     let norms = layer.norms();
     if norms[Norm::AfterAttention as usize].or(norms[Norm::AfterFeedForward as usize]).is_some() {
         return refused("norms behind the branches are not there yet");
@@ -117,7 +117,7 @@ impl Network {
         let ff = model.feed_forward();
         let (mut layers, mut float) = (Vec::new(), Vec::new());
         for (l, layer) in start.layers.iter().enumerate() {
-            let original = LayerBack::new(model.layer(l, Activations::F32)?, &spec)?;
+            let original = LayerBack::dense(model.layer(l, Activations::F32)?, &spec)?;
             if start.simulation.is_some_and(|s| s.online) && layer.linear(Slot::Down).inputs != ff {
                 let why = "online rotations of layers of different widths are not there yet; take --device cpu";
                 return Err(DeviceError::Device(why.into()));

@@ -418,7 +418,7 @@ fn activate(activation: Activation, gate: &mut [f32], up: &[f32], columns: usize
 }
 
 /// Experts and weights of every token: softmax over all, the largest, normalised (`build_moe_ffn`).
-fn route(logits: &[f32], experts: usize, used: usize, scale: f32) -> Vec<(usize, f32)> {
+pub(super) fn route(logits: &[f32], experts: usize, used: usize, scale: f32) -> Vec<(usize, f32)> {
     let mut chosen = Vec::with_capacity(logits.len() / experts * used);
     for row in logits.chunks_exact(experts) {
         let mut p = row.to_vec();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use super::backward::layer::Slot;
 use super::layer::{FeedForward, Layer, Linear};
 use super::rope::RopeTable;
 use super::rounding::{Activations, Rounding};
@@ -278,14 +279,25 @@ impl<'a> Model<'a> {
         })
     }
 
+    /// Name and outputs of the stack of experts of a layer that `slot` is part of.
+    pub(super) fn stack(&self, l: usize, slot: Slot) -> Result<(String, usize), ForwardError> {
+        let part = match slot {
+            Slot::Up => "ffn_up_exps",
+            Slot::Down => "ffn_down_exps",
+            _ => "ffn_gate_exps",
+        };
+        let name = format!("blk.{l}.{part}.weight");
+        let outputs = self.tensor(&name)?.dims[1] as usize;
+        Ok((name, outputs))
+    }
+
     /// Gate, up and down of one expert.
     pub fn expert(&self, l: usize, e: usize, activations: Activations) -> Result<[Linear; 3], ForwardError> {
-        let one = |part: &str| {
-            let name = format!("blk.{l}.{part}.weight");
-            let rows = self.tensor(&name)?.dims[1] as usize;
+        let one = |slot: Slot| {
+            let (name, rows) = self.stack(l, slot)?;
             self.linear(&name, e * rows, (e + 1) * rows, activations)
         };
-        Ok([one("ffn_gate_exps")?, one("ffn_up_exps")?, one("ffn_down_exps")?])
+        Ok([one(Slot::Gate)?, one(Slot::Up)?, one(Slot::Down)?])
     }
 
     /// Embeddings of `tokens`, `[tokens, embed]`. Tokens must be below [`Model::vocab`].

@@ -175,11 +175,6 @@ impl Keys<'_> {
 }
 
 impl Spec {
-    /// True if gradients of the model's loss can be had: those of experts are not written yet.
-    pub fn has_backward(&self) -> bool {
-        self.experts == 0
-    }
-
     /// Reads the keys; what cannot be run is refused with the key.
     pub fn read(metadata: &Metadata) -> Result<Spec, ForwardError> {
         let arch = gguf::value::get(metadata, "general.architecture")

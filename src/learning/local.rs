@@ -199,7 +199,7 @@ fn layer(
                 return Err(LearningError::Refused(format!("the loss is {loss} at step {step} of layer {l}")));
             }
             let mut sink = Back { base: &base, values: &mut *values, layer: l, eps };
-            local.layer.back(pass, &x, &mut d, &mut local.kept, &mut local.scratch, &mut sink);
+            local.layer.back(pass, &x, &mut d, &mut local.kept, &mut local.scratch, &mut sink)?;
             Ok(())
         })?;
         if let Some(r) = &mut values.r_res {

@@ -180,7 +180,7 @@ impl<'a> Network<'a> {
                 layer.forward(pass, &x, kept, &mut self.scratch);
             }
             let mut sink = Back { base: &self.base[l], values: &mut self.values, layer: l, eps: spec.rms_eps };
-            layer.back(pass, &x, &mut d, kept, &mut self.scratch, &mut sink);
+            layer.back(pass, &x, &mut d, kept, &mut self.scratch, &mut sink)?;
         }
         if let Some(r) = &mut self.values.r_res {
             // the first stream = first R
@@ -222,7 +222,7 @@ pub(super) fn originals(
     fake: &(dyn Fn(&str, usize) -> Option<Fake> + Sync),
     l: usize,
 ) -> Result<(Base, LayerBack), LearningError> {
-    let mut layer = LayerBack::new(model.layer(l, Activations::F32)?, &model.spec)?;
+    let mut layer = LayerBack::dense(model.layer(l, Activations::F32)?, &model.spec)?;
     let folds = values.r_res.is_some();
     let fold = |norm: &mut Option<Vec<f32>>| match norm {
         Some(w) if folds => Some(std::mem::replace(w, vec![1.0; w.len()])),

@@ -203,7 +203,11 @@ impl Options {
         if let Some(a) = r.alpha.filter(|a| !(0.0..=1.0).contains(a)) {
             return Err(format!("--alpha: {a} is not between 0 and 1"));
         }
-        let preset = r.transform.as_deref().and_then(std::path::Path::to_str).and_then(Preset::parse);
+        let word = r.transform.as_deref().and_then(std::path::Path::to_str);
+        let preset = word.and_then(Preset::parse);
+        if let (Some(word), Some(Preset::Auto)) = (word, preset) {
+            Preset::candidates(word).map_err(|e| format!("--transform {word}: {e}"))?;
+        }
         if r.transform.is_some() && preset != Some(Preset::None) {
             if r.exact {
                 return Err("--exact promises llama.cpp's bytes: it does not go with --transform".into());

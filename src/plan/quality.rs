@@ -4,7 +4,7 @@
 //! |---|---|
 //! | exact | llama.cpp's bytes (`--exact`) |
 //! | fast | llama.cpp's mix, nearest codes; scales searched, weighted by an importance matrix of the built-in text |
-//! | balanced | types allocated at the size of the mix, GPTQ with corrected targets |
+//! | balanced | types allocated at the size of the mix, GPTQ with corrected targets; Hadamard rotations where they measure better |
 //! | best | balanced, and tuning |
 //!
 //! Without the word and without any other flag that says how weights become codes, it is `balanced`.
@@ -86,6 +86,9 @@ fn worth(r: &Recipe) -> bool {
     }
 }
 
+/// What `balanced` and `best` measure: behind GPTQ in block formats nothing else that was tried brings more than this (docs/quality.md).
+const TRANSFORM: &str = "auto:quarot";
+
 /// The recipe spelled out. What it says by itself stands.
 pub fn spelled_out(mut r: Recipe, quality: Quality) -> Recipe {
     r.quality = Some(quality.name().into());
@@ -106,7 +109,9 @@ pub fn spelled_out(mut r: Recipe, quality: Quality) -> Recipe {
         r.rounding.get_or_insert_with(|| "nearest".into());
         return r;
     }
-    r.rounding.get_or_insert_with(|| "gptq".into());
+    if r.rounding.get_or_insert_with(|| "gptq".into()) == "gptq" {
+        r.transform.get_or_insert_with(|| TRANSFORM.into());
+    }
     let sized = r.target_size.is_some() || r.target_bpw.is_some() || r.like.is_some();
     if !sized && r.mix.is_none() && !r.pure && r.rounding.as_deref() == Some("gptq") {
         r.like = r.r#type.clone();

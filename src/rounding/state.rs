@@ -136,11 +136,11 @@ pub fn forget(folder: &Path) {
         let name = name.to_string_lossy();
         if name.ends_with(".blocks")
             || (name.ends_with(".f32") && name.starts_with("rounding-"))
+            || (name.ends_with(".json") && name.starts_with("allocation-"))
             || matches!(
                 &*name,
                 "rounding.json"
                     | "rounding.json.new"
-                    | "allocation.json"
                     | "measured.json"
                     | "tuning.state"
                     | "tuning.new"

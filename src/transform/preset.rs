@@ -45,9 +45,29 @@ impl Preset {
         ("auto", Preset::Auto),
     ];
 
-    /// By name.
+    /// By name; `auto:` and a list is `auto`.
     pub fn parse(name: &str) -> Option<Preset> {
+        let name = if Preset::listed(name).is_some() { "auto" } else { name };
         Preset::ALL.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, p)| *p)
+    }
+
+    /// What stands behind `auto:`.
+    fn listed(name: &str) -> Option<&str> {
+        name.split_once(':').filter(|(auto, _)| auto.eq_ignore_ascii_case("auto")).map(|(_, list)| list)
+    }
+
+    /// What `auto` tries: all presets, or those that `auto:quarot,womi` lists.
+    pub fn candidates(name: &str) -> Result<Vec<Preset>, String> {
+        let tried = |p: &Preset| !matches!(p, Preset::None | Preset::Auto);
+        let Some(list) = Preset::listed(name) else {
+            return Ok(Preset::ALL.iter().map(|(_, p)| *p).filter(tried).collect());
+        };
+        let one = |n: &str| {
+            Preset::parse(n)
+                .filter(tried)
+                .ok_or_else(|| format!("`{n}` is not smoothquant, awq, quarot, womi, spinquant or ostquant"))
+        };
+        list.split(',').map(one).collect()
     }
 
     /// Its name.

@@ -209,6 +209,11 @@ impl TransformedSource {
         self.tensors.len() > self.inner.tensors().len()
     }
 
+    /// The weights without the transforms.
+    pub fn original(&self) -> &dyn TensorSource {
+        &*self.inner
+    }
+
     /// The transforms.
     pub fn transforms(&self) -> &Arc<Transforms> {
         &self.transforms

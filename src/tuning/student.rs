@@ -153,7 +153,7 @@ impl<'a> Student<'a> {
         let n = spec.embed;
         let (mut layers, mut tuned) = (Vec::new(), Vec::new());
         for l in 0..spec.layers {
-            let mut layer = LayerBack::new(model.layer(l, Activations::F32)?, spec)?;
+            let mut layer = LayerBack::dense(model.layer(l, Activations::F32)?, spec)?;
             // parts of a fused weight follow each other
             let mut used: BTreeMap<String, usize> = BTreeMap::new();
             let linears = Slot::ALL.map(|slot| {
@@ -227,7 +227,7 @@ impl<'a> Student<'a> {
             }
             let tuned = &mut self.tuned[l];
             let mut sink = Step { tuned, gradient: &mut self.gradient, adam: *adam, eps: spec.rms_eps };
-            layer.back(pass, &x, &mut d, kept, &mut self.scratch, &mut sink);
+            layer.back(pass, &x, &mut d, kept, &mut self.scratch, &mut sink)?;
         }
         if !self.embedding.gradient.is_empty() {
             for (&t, d) in tokens.iter().zip(d.chunks_exact(n)) {

@@ -1,4 +1,4 @@
-//! Backward of one dense decoder layer for a batch of windows.
+//! Backward of one decoder layer for a batch of windows.
 //!
 //! The forward pass is that of [`Layer::run`] (f32, no rounding of activations) and leaves what the backward pass needs in a
 //! [`Kept`]. A simulated precision ([`crate::forward::Simulation`]) rounds inputs, keys and values; gradients pass that as
@@ -8,13 +8,14 @@
 use rayon::prelude::*;
 
 use super::attention::{Heads, attend_back};
+use super::experts;
 use super::kernels::{activate_back, add_all, add_squares, rms_norm_rows_back};
 use crate::forward::attention::attend;
 use crate::forward::gemm::{Product, product_back, products};
 use crate::forward::layer::{FeedForward, Layer, Linear, Pass};
 use crate::forward::rope::RopeTable;
 use crate::forward::spec::{Activation, Spec};
-use crate::forward::{ForwardError, kernels};
+use crate::forward::{ForwardError, Model, kernels};
 
 /// The linears of a dense layer, in the order of its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,9 @@ pub trait Sink {
     /// `dy` \[tokens, outputs\] is the gradient at the outputs of `linear`, `x` \[tokens, inputs\] its input.
     fn linear(&mut self, slot: Slot, linear: &mut Linear, x: &[f32], dy: &[f32]);
 
+    /// The same for expert `e` of a mixture and the tokens that are routed to it.
+    fn expert(&mut self, _slot: Slot, _e: usize, _linear: &Linear, _x: &[f32], _dy: &[f32]) {}
+
     /// Rows `x` were normed with `weight`; `dy` is the gradient of the result.
     fn norm(&mut self, _norm: Norm, _weight: &mut [f32], _x: &[f32], _dy: &[f32]) {}
 }
@@ -58,8 +62,15 @@ pub trait Sink {
 pub struct Squares(Vec<(String, Vec<f64>)>);
 
 impl Squares {
-    pub fn new(layer: &LayerBack) -> Squares {
-        Squares(Slot::ALL.map(|s| (layer.linear(s).name.clone(), vec![0.0; layer.linear(s).outputs()])).into())
+    pub fn new(layer: &LayerBack, model: &Model<'_>) -> Result<Squares, ForwardError> {
+        let of = |slot: Slot| match (&layer.ffn, slot) {
+            (Branch::Experts { .. }, Slot::Gate | Slot::Up | Slot::Down) => {
+                let (name, outputs) = model.stack(layer.index, slot)?;
+                Ok((name, vec![0.0; model.spec.experts * outputs]))
+            }
+            _ => Ok((layer.linear(slot).name.clone(), vec![0.0; layer.linear(slot).outputs()])),
+        };
+        Slot::ALL.into_iter().map(of).collect::<Result<_, _>>().map(Squares)
     }
 
     /// The sums by weight, in the order of the layer; parts of one fused weight (equal names) are joined.
@@ -79,6 +90,19 @@ impl Sink for Squares {
     fn linear(&mut self, slot: Slot, _: &mut Linear, _: &[f32], dy: &[f32]) {
         add_squares(&mut self.0[slot as usize].1, dy);
     }
+
+    fn expert(&mut self, slot: Slot, e: usize, linear: &Linear, _: &[f32], dy: &[f32]) {
+        let outputs = linear.outputs();
+        add_squares(&mut self.0[slot as usize].1[e * outputs..][..outputs], dy);
+    }
+}
+
+/// The feed-forward branch.
+enum Branch {
+    /// Gate, up and down.
+    Dense([Linear; 3]),
+    /// Experts are loaded when their turn comes.
+    Experts { router: Linear },
 }
 
 /// A layer set up for the backward pass.
@@ -93,9 +117,7 @@ pub struct LayerBack {
     pub k_norm: Option<Vec<f32>>,
     pub attn_post_norm: Option<Vec<f32>>,
     pub ffn_norm: Option<Vec<f32>>,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    ffn: Branch,
     pub ffn_post_norm: Option<Vec<f32>>,
 }
 
@@ -133,10 +155,15 @@ pub struct Scratch {
 }
 
 impl LayerBack {
-    /// Takes the weights of `layer`; experts are refused.
+    /// Takes the weights of `layer`; a norm behind experts is refused.
     pub fn new(layer: Layer, spec: &Spec) -> Result<LayerBack, ForwardError> {
-        let FeedForward::Dense { gate, up, down } = layer.ffn else {
-            return Err(ForwardError::NoBackward { arch: spec.arch.clone(), why: "it has experts".into() });
+        let ffn = match layer.ffn {
+            FeedForward::Dense { gate, up, down } => Branch::Dense([gate, up, down]),
+            FeedForward::Experts { .. } if layer.ffn_post_norm.is_some() => {
+                let why = "a norm follows the experts of a layer".into();
+                return Err(ForwardError::NoBackward { arch: spec.arch.clone(), why });
+            }
+            FeedForward::Experts { router, .. } => Branch::Experts { router },
         };
         Ok(LayerBack {
             index: layer.index,
@@ -149,9 +176,7 @@ impl LayerBack {
             k_norm: layer.k_norm,
             attn_post_norm: layer.attn_post_norm,
             ffn_norm: layer.ffn_norm,
-            gate,
-            up,
-            down,
+            ffn,
             ffn_post_norm: layer.ffn_post_norm,
         })
     }
@@ -162,27 +187,36 @@ impl LayerBack {
         [attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm].map(Option::as_deref)
     }
 
+    /// The same for a dense layer alone: experts are refused.
+    pub fn dense(layer: Layer, spec: &Spec) -> Result<LayerBack, ForwardError> {
+        match layer.ffn {
+            FeedForward::Dense { .. } => LayerBack::new(layer, spec),
+            FeedForward::Experts { .. } => {
+                Err(ForwardError::NoBackward { arch: spec.arch.clone(), why: "it has experts".into() })
+            }
+        }
+    }
+
+    /// A linear; of the feed-forward branch only in a dense layer.
     pub fn linear(&self, slot: Slot) -> &Linear {
-        match slot {
-            Slot::Q => &self.q,
-            Slot::K => &self.k,
-            Slot::V => &self.v,
-            Slot::O => &self.o,
-            Slot::Gate => &self.gate,
-            Slot::Up => &self.up,
-            Slot::Down => &self.down,
+        match (slot, &self.ffn) {
+            (Slot::Q, _) => &self.q,
+            (Slot::K, _) => &self.k,
+            (Slot::V, _) => &self.v,
+            (Slot::O, _) => &self.o,
+            (_, Branch::Dense(ffn)) => &ffn[slot as usize - Slot::Gate as usize],
+            (_, Branch::Experts { .. }) => unreachable!("{slot:?} of a mixture"),
         }
     }
 
     pub fn linear_mut(&mut self, slot: Slot) -> &mut Linear {
-        match slot {
-            Slot::Q => &mut self.q,
-            Slot::K => &mut self.k,
-            Slot::V => &mut self.v,
-            Slot::O => &mut self.o,
-            Slot::Gate => &mut self.gate,
-            Slot::Up => &mut self.up,
-            Slot::Down => &mut self.down,
+        match (slot, &mut self.ffn) {
+            (Slot::Q, _) => &mut self.q,
+            (Slot::K, _) => &mut self.k,
+            (Slot::V, _) => &mut self.v,
+            (Slot::O, _) => &mut self.o,
+            (_, Branch::Dense(ffn)) => &mut ffn[slot as usize - Slot::Gate as usize],
+            (_, Branch::Experts { .. }) => unreachable!("{slot:?} of a mixture"),
         }
     }
 
@@ -192,11 +226,12 @@ impl LayerBack {
         self.feed_forward(pass, k, s);
     }
 
-    /// The layer's output, from what [`LayerBack::forward`] left.
+    /// The output of a dense layer, from what [`LayerBack::forward`] left.
     pub fn output(&self, pass: &Pass<'_>, k: &Kept, s: &mut Scratch, out: &mut Vec<f32>) {
         let spec = &pass.model.spec;
-        self.hidden(pass, k, s);
-        forward([(&self.down, &mut s.d_branch)], &s.hidden);
+        let down = self.linear(Slot::Down);
+        hidden(pass, down.inputs, k, s);
+        forward([(down, &mut s.d_branch)], &s.hidden);
         out.clear();
         out.extend_from_slice(&k.middle);
         add_branch(spec, out, &s.d_branch, &self.ffn_post_norm, &mut s.part);
@@ -211,9 +246,10 @@ impl LayerBack {
         k: &mut Kept,
         s: &mut Scratch,
         sink: &mut dyn Sink,
-    ) {
-        self.feed_forward_back(pass, d, k, s, sink);
+    ) -> Result<(), ForwardError> {
+        self.feed_forward_back(pass, d, k, s, sink)?;
         self.attention_back(pass, x, d, k, s, sink);
+        Ok(())
     }
 
     /// Up to the stream after attention, `k.middle`.
@@ -243,19 +279,11 @@ impl LayerBack {
         }
     }
 
-    /// Gate and up, before the activation.
+    /// Gate and up, before the activation; experts compute theirs on the way back.
     fn feed_forward(&self, pass: &Pass<'_>, k: &mut Kept, s: &mut Scratch) {
-        let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
-        forward([(&self.gate, &mut k.gate), (&self.up, &mut k.up)], input);
-    }
-
-    /// The input of down, `s.hidden`.
-    fn hidden(&self, pass: &Pass<'_>, k: &Kept, s: &mut Scratch) {
-        s.hidden.clear();
-        s.hidden.extend_from_slice(&k.gate);
-        activate(pass.model.spec.activation, &mut s.hidden, &k.up);
-        if let Some(simulated) = pass.activations.simulated() {
-            simulated.inputs(&mut s.hidden, self.down.inputs, true);
+        if let Branch::Dense([gate, up, _]) = &self.ffn {
+            let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
+            forward([(gate, &mut k.gate), (up, &mut k.up)], input);
         }
     }
 
@@ -266,30 +294,40 @@ impl LayerBack {
         k: &mut Kept,
         s: &mut Scratch,
         sink: &mut dyn Sink,
-    ) {
+    ) -> Result<(), ForwardError> {
         let spec = &pass.model.spec;
-        self.hidden(pass, k, s);
-        if let Some(w) = &mut self.ffn_post_norm {
-            forward([(&self.down, &mut s.part)], &s.hidden);
-            let scaled = scaled(d, spec.residual_scale, &mut s.d_input);
-            rms_norm_rows_back(&s.part, w, spec.rms_eps, scaled, &mut s.d_branch);
-            sink.norm(Norm::AfterFeedForward, w, &s.part, scaled);
-        } else {
-            scaled_to(d, spec.residual_scale, &mut s.d_branch);
+        match &mut self.ffn {
+            Branch::Dense([gate, up, down]) => {
+                hidden(pass, down.inputs, k, s);
+                if let Some(w) = &mut self.ffn_post_norm {
+                    forward([(down, &mut s.part)], &s.hidden);
+                    let scaled = scaled(d, spec.residual_scale, &mut s.d_input);
+                    rms_norm_rows_back(&s.part, w, spec.rms_eps, scaled, &mut s.d_branch);
+                    sink.norm(Norm::AfterFeedForward, w, &s.part, scaled);
+                } else {
+                    scaled_to(d, spec.residual_scale, &mut s.d_branch);
+                }
+                back(down, &s.d_branch, &mut s.d_wide);
+                sink.linear(Slot::Down, down, &s.hidden, &s.d_branch);
+                activate_back(spec.activation, &mut k.gate, &mut k.up, &s.d_wide);
+                back(gate, &k.gate, &mut s.d_input);
+                back(up, &k.up, &mut s.part);
+                add_all(&mut s.d_input, &s.part);
+                let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
+                sink.linear(Slot::Gate, gate, input, &k.gate);
+                sink.linear(Slot::Up, up, input, &k.up);
+            }
+            Branch::Experts { router } => {
+                scaled_to(d, spec.residual_scale, &mut s.d_branch);
+                let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
+                experts::back(pass, self.index, router, input, &s.d_branch, &mut s.d_input, sink)?;
+            }
         }
-        back(&self.down, &s.d_branch, &mut s.d_wide);
-        sink.linear(Slot::Down, &mut self.down, &s.hidden, &s.d_branch);
-        activate_back(spec.activation, &mut k.gate, &mut k.up, &s.d_wide);
-        back(&self.gate, &k.gate, &mut s.d_input);
-        back(&self.up, &k.up, &mut s.part);
-        add_all(&mut s.d_input, &s.part);
-        let input = input_of(pass, &k.middle, &self.ffn_norm, &mut s.normed);
-        sink.linear(Slot::Gate, &mut self.gate, input, &k.gate);
-        sink.linear(Slot::Up, &mut self.up, input, &k.up);
         through_norm(&k.middle, &self.ffn_norm, spec.rms_eps, &s.d_input, &mut s.part, d);
         if let Some(w) = &mut self.ffn_norm {
             sink.norm(Norm::FeedForward, w, &k.middle, &s.d_input);
         }
+        Ok(())
     }
 
     fn attention_back(
@@ -353,8 +391,18 @@ impl LayerBack {
     }
 }
 
+/// The input of down, `s.hidden`.
+fn hidden(pass: &Pass<'_>, columns: usize, k: &Kept, s: &mut Scratch) {
+    s.hidden.clear();
+    s.hidden.extend_from_slice(&k.gate);
+    activate(pass.model.spec.activation, &mut s.hidden, &k.up);
+    if let Some(simulated) = pass.activations.simulated() {
+        simulated.inputs(&mut s.hidden, columns, true);
+    }
+}
+
 /// `out = x Wᵀ + b` of linears of one input.
-fn forward<'a, const N: usize>(mut all: [(&'a Linear, &'a mut Vec<f32>); N], x: &[f32]) {
+pub(super) fn forward<'a, const N: usize>(mut all: [(&'a Linear, &'a mut Vec<f32>); N], x: &[f32]) {
     for (l, out) in &mut all {
         out.resize(x.len() / l.inputs * l.outputs(), 0.0);
     }
@@ -367,7 +415,7 @@ fn forward<'a, const N: usize>(mut all: [(&'a Linear, &'a mut Vec<f32>); N], x: 
 }
 
 /// `dx = dy W`.
-fn back(l: &Linear, dy: &[f32], dx: &mut Vec<f32>) {
+pub(super) fn back(l: &Linear, dy: &[f32], dx: &mut Vec<f32>) {
     let outputs = l.outputs();
     dx.resize(dy.len() / outputs * l.inputs, 0.0);
     product_back(dy, &l.weight, outputs, dx);
@@ -452,7 +500,7 @@ fn rotate(spec: &Spec, heads: &mut [f32], (width, length): (usize, usize), rope:
     heads.par_chunks_mut(width).enumerate().for_each(|(t, row)| rope.apply(row, spec.head_dim, t % length));
 }
 
-fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+pub(super) fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     const PIECE: usize = 1 << 14;
     gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(g, u)| match activation {
         Activation::Silu => kernels::silu_mul(g, u),

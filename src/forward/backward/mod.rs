@@ -1,4 +1,4 @@
-//! The backward pass of dense decoders, written by hand: what a change of any weight would cost, to second order.
+//! The backward pass of decoders, written by hand: what a change of any weight would cost, to second order.
 //!
 //! For a small change δ of the outputs of one linear at one token the Kullback-Leibler divergence of the new predictions
 //! from the old is ½ δᵀ F δ, where F = E\[g gᵀ\] is the Fisher information and g the gradient of -log p(label) with respect to
@@ -13,6 +13,7 @@
 //! go from last to first, each computed again and led back batch by batch. Weights of one layer are in memory at a time. All sums have one order: the number of threads changes no bit.
 
 mod attention;
+mod experts;
 mod head;
 pub mod kernels;
 pub mod layer;
@@ -31,7 +32,8 @@ use crate::linalg;
 /// Means of squared gradients of a model.
 #[derive(Clone, Debug)]
 pub struct Fisher {
-    /// By weight, in the order of the layers, the head last: E\[g²\] of each output. Rows of a fused weight are in its order.
+    /// By weight, in the order of the layers, the head last: E\[g²\] of each output. Rows of a fused weight are in its order; a stack
+    /// of experts has those of each expert, where tokens that are not routed to it count as 0.
     pub outputs: Vec<(String, Vec<f64>)>,
     /// E\[g gᵀ\] of the rows of `token_embd.weight` (as stored, before any scale of the architecture), `[embed, embed]`, the
     /// lower triangle packed: row `i` has its `i + 1` values at `i (i + 1) / 2`.
@@ -163,10 +165,6 @@ pub fn fisher_of(
 /// Refuses what cannot be run before anything is read.
 fn check(model: &Model<'_>, tokens: &[u32], windows: Windows, labels: Labels<'_>) -> Result<(), ForwardError> {
     let Windows { length, first, .. } = windows;
-    if !model.spec.has_backward() {
-        let why = "gradients of experts are not written yet".into();
-        return Err(ForwardError::NoBackward { arch: model.spec.arch.clone(), why });
-    }
     if length == 0 || first >= length {
         return Err(ForwardError::Windows(format!(
             "no position of a window of {length} tokens counts from {first} on"
@@ -247,7 +245,7 @@ impl Back<'_> {
     ) -> Result<Vec<(String, Vec<f64>)>, ForwardError> {
         let n = self.model.spec.embed;
         let mut layer = LayerBack::new(self.model.layer(l, Activations::F32)?, &self.model.spec)?;
-        let mut squares = Squares::new(&layer);
+        let mut squares = Squares::new(&layer, self.model)?;
         let pass = Pass { model: self.model, rope, window_rope, activations: Activations::F32, length };
         for (at, here) in self.batches() {
             interrupted()?;
@@ -256,7 +254,7 @@ impl Back<'_> {
             input.read(at * n, &mut self.x)?;
             gradient.read(at * n, &mut self.d)?;
             layer.forward(&pass, &self.x, kept, buffers);
-            layer.back(&pass, &self.x, &mut self.d, kept, buffers, &mut squares);
+            layer.back(&pass, &self.x, &mut self.d, kept, buffers, &mut squares)?;
             self.finite(l, at)?;
             gradient.write(at * n, &self.d)?;
         }
