@@ -4,7 +4,7 @@ mod common;
 
 use std::path::Path;
 
-use common::program::{command, fixture, run};
+use common::program::{Checkpoint, Tensor, command, fixture, run};
 
 /// Converts the fixture with `args` where `OSTQ_QUALITY` says `otherwise`; the bytes, and standard output and error.
 fn convert(out: &Path, otherwise: &str, args: &[&str]) -> (Vec<u8>, String) {
@@ -48,6 +48,46 @@ fn words_are_recipes() {
     assert!(fast != exact && fast != balanced);
     // nothing to gain
     assert!(convert(&out, "balanced", &["-t", "f16"]).0 == convert(&out, "exact", &["-t", "f16"]).0);
+}
+
+/// The fixture with a head of its own, equal to its embedding.
+fn untied() -> Checkpoint {
+    let checkpoint = Checkpoint::new();
+    checkpoint.edit("config.json", |j| drop(j.insert("tie_word_embeddings".into(), false.into())));
+    checkpoint.edit_tensors(|all| {
+        let embedding = all.iter().find(|t| t.name == "model.embed_tokens.weight").unwrap().clone();
+        all.push(Tensor { name: "lm_head.weight".into(), ..embedding });
+    });
+    checkpoint
+}
+
+#[test]
+fn rotations_are_measured_where_they_cost_no_head() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("a.gguf");
+    let own = untied();
+    let say = |input: &Path, args: &[&str]| {
+        let mut c = command([input, &out]);
+        let ran = c.args(args).arg("--force").env("OSTQ_QUALITY", "balanced").output().unwrap();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        (std::fs::read(&out).unwrap(), String::from_utf8_lossy(&ran.stderr).into_owned())
+    };
+    let (bytes, said) = say(own.path(), &[]);
+    let chosen = said.lines().find_map(|l| l.strip_prefix("transform auto: ")).unwrap_or_else(|| panic!("{said}"));
+    for line in ["transforms measured (", "transform none: KLD ", "transform quarot: KLD "] {
+        assert!(said.contains(line), "{line}: {said}");
+    }
+    assert_eq!(said.matches("the model writes text").count(), 1, "{said}");
+    // what is chosen is what is asked for by name
+    assert!(say(own.path(), &["--transform", chosen, "--no-provenance"]).0 == say(own.path(), &["--no-provenance"]).0);
+    assert!(!bytes.is_empty());
+    let (_, said) = say(own.path(), &["--transform", "none"]);
+    assert!(!said.contains("transforms measured") && !said.contains("KLD "), "{said}");
+    let (_, said) = say(&fixture("tiny"), &[]);
+    assert!(said.contains("transform quarot: not tried: it would give a tied model a head") && !said.contains(": KLD"));
+    run([own.path().to_str().unwrap(), out.to_str().unwrap(), "--transform", "auto:quarot,quaro"])
+        .exits(2)
+        .says("`quaro` is not smoothquant");
 }
 
 #[test]

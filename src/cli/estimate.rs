@@ -121,7 +121,10 @@ fn tried(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) 
     let Some(word) = word.filter(|w| Preset::parse(w) == Some(Preset::Auto)) else { return (0, 0) };
     let path = args.input.as_deref().expect("required by the parser");
     let Ok(anatomy) = Anatomy::new(path, &*input.source, &input.metadata) else { return (0, 0) };
-    if input.transform.is_some() || choose::memory(model, recipe) > super::round::room(args.max_memory) {
+    if anatomy.spec.experts > 0
+        || input.transform.is_some()
+        || choose::memory(model, recipe) > super::round::room(args.max_memory)
+    {
         return (0, 0);
     }
     let presets = Preset::candidates(word).unwrap_or_default();

@@ -1,8 +1,8 @@
 //! What carries out the steps of learning.
 
 use super::LearningError;
-use super::maps::Values;
 use super::network::Network;
+use super::values::Values;
 use crate::forward::{Activations, Runner};
 use crate::tuning::head::{Loss, Target};
 use crate::tuning::teacher::Teacher;

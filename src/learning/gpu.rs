@@ -6,8 +6,9 @@
 use super::LearningError;
 use super::engine::Engine;
 use super::fake::Fake;
-use super::maps::{Line, Turn, Values, scales_mut};
+use super::maps::{Line, Turn};
 use super::network::{Base, HELD, held, originals, tables};
+use super::values::{Values, scales_mut};
 use crate::cuda::DeviceError;
 use crate::cuda::buffers::{Sizes, memory};
 use crate::cuda::device::{Arg, Buffer, Cuda, Kind, Ptr, Strided, at};

@@ -1,7 +1,7 @@
 //! Learning transforms: rotations on the orthogonal group and scales, against the divergence of a rounded model's predictions
 //! from the float model's (OSTQuant, arXiv 2501.13987; SpinQuant, arXiv 2405.16406).
 //!
-//! The transformed model ([`network`]) is made of the original and of the transforms as they stand ([`maps`]), its weights
+//! The transformed model ([`network`]) is made of the original and of the transforms as they stand ([`values`], [`maps`]), its weights
 //! rounded as the target format would ([`fake`]), inputs and cache too where a precision is simulated. The backward pass is that
 //! of [`crate::forward::backward`]; rotations step with a Cayley map ([`manifold`]), scales by their logarithms. [`run`] is the
 //! loop: batches in a seeded order, rates that fall along a cosine, windows that decide which step is kept. Models that do not fit
@@ -16,6 +16,7 @@ pub mod manifold;
 pub mod maps;
 pub mod network;
 pub mod run;
+pub mod values;
 
 use std::path::PathBuf;
 

@@ -7,7 +7,8 @@
 
 use super::LearningError;
 use super::fake::Fake;
-use super::maps::{Map, SCALES, Values, scales, scales_mut};
+use super::maps::Map;
+use super::values::{SCALES, Values, scales, scales_mut};
 use crate::forward::backward::layer::{Kept, LayerBack, Norm, Scratch, Sink, Slot};
 use crate::forward::layer::{Linear, Pass};
 use crate::forward::{Activations, ForwardError, Model, kernels};

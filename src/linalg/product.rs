@@ -11,6 +11,9 @@ use super::{View, ViewMut};
 /// Rows (tokens) and columns (outputs) of a tile. The library cuts outputs into runs of 128, which are no whole number of
 /// microkernels (24 or 48 high): runs of 96 are, and take 8 % less time (`examples/bench_forward.rs`).
 const TILE: (usize, usize) = (320, 96);
+/// Tiles that a product is cut into at least, where that leaves them this many rows: enough for the threads of a server.
+const LEAST: usize = 48;
+const LEAST_ROWS: usize = 96;
 /// Tiles are multiples of the microkernels' height (24 with AVX2, 48 with AVX-512), so that few values are left over.
 const HEIGHT: usize = 48;
 
@@ -53,7 +56,11 @@ fn add_tiles<'a>(
     out: &'a mut [f32],
 ) {
     let mut rest = ViewMut::new(out, m, n);
-    for (row, rows) in pieces(m, TILE.0) {
+    let mut most = TILE.0;
+    while most / 2 >= LEAST_ROWS && m.div_ceil(most) * n.div_ceil(TILE.1) < LEAST {
+        most /= 2;
+    }
+    for (row, rows) in pieces(m, most) {
         let (mut band, below) = rest.split_rows(rows);
         rest = below;
         for (column, columns) in pieces(n, TILE.1) {
@@ -101,14 +108,10 @@ pub fn add_times(out: ViewMut<'_>, a: View<'_>, b: View<'_>, alpha: f32) {
 /// `c += aᵀ b`: `a` is `[tokens, m]`, `b` is `[tokens, n]`, `c` is `[m, n]`. The same for any number of threads.
 pub fn add_cross(c: &mut [f32], a: &[f32], b: &[f32], tokens: usize, n: usize) {
     let m = c.len() / n;
-    let (a, b) = (View::new(a, tokens, m), View::new(b, tokens, n));
-    c.par_chunks_mut(TILE.1 * n).enumerate().for_each_init(Vec::new, |product: &mut Vec<f32>, (i, c)| {
-        let rows = c.len() / n;
-        product.resize(rows * n, 0.0);
-        let a = a.part((0, i * TILE.1), tokens, rows).transpose();
-        times(ViewMut::new(product, rows, n), a, b, 1.0);
-        c.iter_mut().zip(&*product).for_each(|(c, p)| *c += p);
-    });
+    let mut tiles = Vec::new();
+    let a = View::new(a, tokens, m).transpose();
+    add_tiles(&mut tiles, a, View::new(b, tokens, n), (m, n, tokens), c);
+    tiles.into_par_iter().with_max_len(1).for_each(|(a, b, tile)| add_times(tile, a, b, 1.0));
 }
 
 /// `out += alpha · a · b` on this thread, where `out` is a whole matrix, not a part of the columns of one ([`add_times`]).

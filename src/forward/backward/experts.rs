@@ -1,8 +1,8 @@
 //! Backward of the feed-forward branch of a mixture: `y = Σ_e w_e E_e(x)` over the experts that a token is routed to, `w` the softmax
 //! of their logits times a scale (`build_moe_ffn` of llama.cpp). Which experts these are has no gradient; their weights have.
 
-use super::kernels::{activate_back, add_all};
-use super::layer::{Sink, Slot, activate, back as product_back, forward};
+use super::kernels::{activate, activate_back, add_all};
+use super::layer::{Sink, Slot, back as product_back, forward};
 use crate::forward::layer::{Linear, Pass, route};
 use crate::forward::{Activations, ForwardError, interrupted, kernels};
 

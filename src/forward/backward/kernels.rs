@@ -1,12 +1,12 @@
-//! Backward steps that work element by element or row by row.
+//! Steps that work element by element or row by row.
 //!
-//! Each takes what the forward step was given and the gradient of the loss with respect to its output, and gives the
+//! Of a backward step each takes what the forward step was given and the gradient of the loss with respect to its output, and gives the
 //! gradient with respect to its input. Derivatives are written out beside each function; `mod tests` holds them against
 //! finite differences.
 
 use rayon::prelude::*;
 
-use crate::forward::kernels::{exp, tanh};
+use crate::forward::kernels::{self, exp, tanh};
 use crate::forward::spec::Activation;
 
 /// Columns that one task sums, and values of a row that one task adds.
@@ -105,6 +105,48 @@ pub fn add_squares(sums: &mut [f64], g: &[f32]) {
             }
         }
     });
+}
+
+/// RMSNorm of every run of `weight.len()` values.
+pub fn rms_norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
+    out.resize(x.len(), 0.0);
+    let n = weight.len();
+    out.par_chunks_mut(n * 16).zip(x.par_chunks(n * 16)).for_each(|(out, x)| {
+        for (o, x) in out.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
+            kernels::rms_norm(x, weight, eps, o);
+        }
+    });
+}
+
+/// The gated activation: `gate` becomes the input of the down matrix.
+pub fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(g, u)| match activation {
+        Activation::Silu => kernels::silu_mul(g, u),
+        Activation::Gelu => kernels::gelu_mul(g, u),
+    });
+}
+
+/// `x` in `out`, by all threads.
+pub fn copy(x: &[f32], out: &mut Vec<f32>) {
+    out.resize(x.len(), 0.0);
+    out.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).for_each(|(out, x)| out.copy_from_slice(x));
+}
+
+/// `d · factor` in `out`.
+pub fn scaled_to(d: &[f32], factor: f32, out: &mut Vec<f32>) {
+    copy(d, out);
+    if factor != 1.0 {
+        out.par_chunks_mut(1 << 14).for_each(|x| kernels::scale(x, factor));
+    }
+}
+
+/// The same, without a copy where there is nothing to scale.
+pub fn scaled<'a>(d: &'a [f32], factor: f32, out: &'a mut Vec<f32>) -> &'a [f32] {
+    if factor == 1.0 {
+        return d;
+    }
+    scaled_to(d, factor, out);
+    out
 }
 
 #[cfg(test)]

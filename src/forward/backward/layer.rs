@@ -9,12 +9,14 @@ use rayon::prelude::*;
 
 use super::attention::{Heads, attend_back};
 use super::experts;
-use super::kernels::{activate_back, add_all, add_squares, rms_norm_rows_back};
+use super::kernels::{
+    activate, activate_back, add_all, add_squares, copy, rms_norm_rows, rms_norm_rows_back, scaled, scaled_to,
+};
 use crate::forward::attention::attend;
 use crate::forward::gemm::{Product, product_back, products};
 use crate::forward::layer::{FeedForward, Layer, Linear, Pass};
 use crate::forward::rope::RopeTable;
-use crate::forward::spec::{Activation, Spec};
+use crate::forward::spec::Spec;
 use crate::forward::{ForwardError, Model, kernels};
 
 /// The linears of a dense layer, in the order of its weights.
@@ -232,8 +234,7 @@ impl LayerBack {
         let down = self.linear(Slot::Down);
         hidden(pass, down.inputs, k, s);
         forward([(down, &mut s.d_branch)], &s.hidden);
-        out.clear();
-        out.extend_from_slice(&k.middle);
+        copy(&k.middle, out);
         add_branch(spec, out, &s.d_branch, &self.ffn_post_norm, &mut s.part);
     }
 
@@ -271,8 +272,7 @@ impl LayerBack {
             s.inputs(&mut k.attended, self.o.inputs, false);
         }
         forward([(&self.o, &mut s.d_branch)], &k.attended);
-        k.middle.clear();
-        k.middle.extend_from_slice(x);
+        copy(x, &mut k.middle);
         add_branch(spec, &mut k.middle, &s.d_branch, &self.attn_post_norm, &mut s.part);
         if self.attn_post_norm.is_some() {
             std::mem::swap(&mut k.branch, &mut s.d_branch);
@@ -393,8 +393,7 @@ impl LayerBack {
 
 /// The input of down, `s.hidden`.
 fn hidden(pass: &Pass<'_>, columns: usize, k: &Kept, s: &mut Scratch) {
-    s.hidden.clear();
-    s.hidden.extend_from_slice(&k.gate);
+    copy(&k.gate, &mut s.hidden);
     activate(pass.model.spec.activation, &mut s.hidden, &k.up);
     if let Some(simulated) = pass.activations.simulated() {
         simulated.inputs(&mut s.hidden, columns, true);
@@ -435,10 +434,7 @@ fn input_of<'a>(pass: &Pass<'_>, x: &'a [f32], norm: &Option<Vec<f32>>, out: &'a
     let Some(simulated) = pass.activations.simulated() else { return normed(x, norm, spec.rms_eps, out) };
     match norm {
         Some(w) => rms_norm_rows(x, w, spec.rms_eps, out),
-        None => {
-            out.clear();
-            out.extend_from_slice(x);
-        }
+        None => copy(x, out),
     }
     simulated.inputs(out, spec.embed, false);
     out
@@ -466,17 +462,6 @@ fn through_norm(x: &[f32], norm: &Option<Vec<f32>>, eps: f32, dy: &[f32], part: 
     }
 }
 
-/// RMSNorm of every run of `weight.len()` values.
-fn rms_norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut Vec<f32>) {
-    out.resize(x.len(), 0.0);
-    let n = weight.len();
-    out.par_chunks_mut(n * 16).zip(x.par_chunks(n * 16)).for_each(|(out, x)| {
-        for (o, x) in out.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
-            kernels::rms_norm(x, weight, eps, o);
-        }
-    });
-}
-
 /// Norm and rotation of heads; `raw` keeps them as they were before a norm.
 fn finish(
     spec: &Spec,
@@ -498,30 +483,4 @@ fn finish(
 /// Rotates heads of `width` values a token, in windows of `length` tokens.
 fn rotate(spec: &Spec, heads: &mut [f32], (width, length): (usize, usize), rope: &RopeTable) {
     heads.par_chunks_mut(width).enumerate().for_each(|(t, row)| rope.apply(row, spec.head_dim, t % length));
-}
-
-pub(super) fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
-    const PIECE: usize = 1 << 14;
-    gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(g, u)| match activation {
-        Activation::Silu => kernels::silu_mul(g, u),
-        Activation::Gelu => kernels::gelu_mul(g, u),
-    });
-}
-
-/// `d · factor` in `out`.
-fn scaled_to(d: &[f32], factor: f32, out: &mut Vec<f32>) {
-    out.clear();
-    out.extend_from_slice(d);
-    if factor != 1.0 {
-        out.par_chunks_mut(1 << 14).for_each(|x| kernels::scale(x, factor));
-    }
-}
-
-/// The same, without a copy where there is nothing to scale.
-fn scaled<'a>(d: &'a [f32], factor: f32, out: &'a mut Vec<f32>) -> &'a [f32] {
-    if factor == 1.0 {
-        return d;
-    }
-    scaled_to(d, factor, out);
-    out
 }
