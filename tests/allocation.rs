@@ -11,7 +11,8 @@ use ostq_convert::gguf::GgmlType;
 use ostq_convert::plan::{Input, Options, Recipe};
 use ostq_convert::rounding::run::weighs_embedding;
 use ostq_convert::tuning::engine::{Engine, Processor};
-use ostq_convert::tuning::student::{Rounded, Student};
+use ostq_convert::tuning::layer::Rounded;
+use ostq_convert::tuning::student::Student;
 
 const LENGTH: usize = 16;
 

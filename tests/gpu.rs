@@ -28,7 +28,8 @@ use ostq_convert::tuning::blocks::Adam;
 use ostq_convert::tuning::engine::Engine as _;
 use ostq_convert::tuning::gpu::Passes;
 use ostq_convert::tuning::head::Loss;
-use ostq_convert::tuning::student::{Rounded, Student};
+use ostq_convert::tuning::layer::Rounded;
+use ostq_convert::tuning::student::Student;
 
 const LENGTH: usize = 20;
 const WINDOWS: usize = 3;

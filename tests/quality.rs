@@ -27,8 +27,14 @@ fn words_are_recipes() {
     assert!(convert(&out, "exact", &[]).0 == exact);
     let (balanced, said) = convert(&out, "balanced", &["--print-recipe"]);
     assert!(balanced != exact);
-    for word in ["quality = \"balanced\"", "rounding = \"gptq\"", "like = \"q4_k_m\"", "builtin", "self", "auto:quarot"]
-    {
+    for word in [
+        "quality = \"balanced\"",
+        "rounding = \"gptq\"",
+        "like = \"q4_k_m\"",
+        "builtin",
+        "self",
+        "transform = \"none\"",
+    ] {
         assert!(said.contains(word), "{word}: {said}");
     }
     assert!(said.contains("GPTQ with corrected targets (") && said.contains("in all"), "{said}");
@@ -81,6 +87,20 @@ fn rotations_are_measured_where_they_cost_no_head() {
     // what is chosen is what is asked for by name
     assert!(say(own.path(), &["--transform", chosen, "--no-provenance"]).0 == say(own.path(), &["--no-provenance"]).0);
     assert!(!bytes.is_empty());
+    // what was measured is kept with the state, and a run that goes on there believes it
+    say(own.path(), &["--keep-state"]);
+    let kept = dir.path().join("a.gguf.ostq-state/auto.json");
+    let mut measured: serde_json::Value = serde_json::from_slice(&std::fs::read(&kept).unwrap()).unwrap();
+    assert_eq!(measured.as_array().unwrap().len(), 2);
+    measured[1][1] = 0.0.into();
+    std::fs::write(&kept, measured.to_string()).unwrap();
+    let (_, said) = say(own.path(), &[]);
+    assert!(said.contains("transform auto: quarot") && !kept.exists(), "{said}");
+    // the recipe in the file says what was taken
+    let (bytes, _) = say(own.path(), &["--print-recipe"]);
+    let recipe = format!("transform = \"{chosen}\"");
+    assert!(bytes.windows(recipe.len()).any(|w| w == recipe.as_bytes()), "{recipe}");
+    assert!(say(own.path(), &["--quality", "balanced", "--vocab-only"]).1.contains("tokens"));
     let (_, said) = say(own.path(), &["--transform", "none"]);
     assert!(!said.contains("transforms measured") && !said.contains("KLD "), "{said}");
     let (_, said) = say(&fixture("tiny"), &[]);

@@ -16,8 +16,9 @@ use ostq_convert::gguf::GgmlType;
 use ostq_convert::plan::{Input, Options, Recipe};
 use ostq_convert::tuning::blocks::{Adam, Blocks};
 use ostq_convert::tuning::engine::{Engine, Processor};
+use ostq_convert::tuning::layer::Rounded;
 use ostq_convert::tuning::run::{self, Device, Done, Job, Settings, Watch};
-use ostq_convert::tuning::student::{Rounded, Student};
+use ostq_convert::tuning::student::Student;
 use ostq_convert::tuning::{TuningError, teacher::Teacher};
 
 /// Reproducible values in (-1, 1).

@@ -102,7 +102,9 @@ pub fn apply(
         let e = AllocationError::TooSmall { least: least + rest, target };
         if options.recipe.quality.is_some() && !args.sizes() {
             // nobody asked for a size: the word did
-            print::stderr(&format!("warning: {e}; the mix of {} stays", plan.type_name));
+            if !args.quiet {
+                print::stderr(&format!("warning: {e}; the mix of {} stays", plan.type_name));
+            }
             return Ok(());
         }
         return Err(Failure::new(USAGE, e));
@@ -265,9 +267,16 @@ fn predicted(
             backward * length
         ));
     }
-    let job = costs::Job { model, tokens, length, batch: BATCH, backward: SAMPLE, candidates, gptq: kept.gptq, state };
-    let mut steps: Option<Steps> = None;
     let pool = pool(args.threads())?;
+    let memory = |batch| crate::rounding::run::memory(model, length, batch, pool.current_num_threads(), true);
+    let batch = (1..=BATCH).rev().find(|b| args.max_memory.is_none_or(|l| memory(*b) <= l));
+    let Some(batch) = batch else {
+        let (limit, needed) = (human(args.max_memory.unwrap_or_default()), human(memory(1)));
+        let why = format!("--max-memory {limit}: allocating types for this model needs at least {needed}");
+        return Err(Failure::new(super::RESOURCE, why));
+    };
+    let job = costs::Job { model, tokens, length, batch, backward: SAMPLE, candidates, gptq: kept.gptq, state };
+    let mut steps: Option<Steps> = None;
     let quiet = args.quiet;
     kept.costs = pool
         .install(|| {

@@ -123,6 +123,9 @@ pub struct ConvertArgs {
     /// of the predictions.
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "600", help_heading = "Importance", value_parser = clap::value_parser!(u32).range(1..))]
     tune: Option<u32>,
+    /// Tune layer by layer, each against the float layer's output, so many steps each: for models that do not fit in memory.
+    #[arg(long, help_heading = "Importance")]
+    tune_local: bool,
     /// Text to tune on; several times for several texts [default: that of --calibrate].
     #[arg(long, value_name = "TEXT", requires = "tune", help_heading = "Importance")]
     tune_text: Vec<PathBuf>,
@@ -362,6 +365,7 @@ impl ConvertArgs {
             one_pass: self.one_pass,
             row_scales: self.row_scales,
             tune: self.tune,
+            tune_local: self.tune_local,
             tune_text: self.tune_text.clone(),
             tune_batch: self.tune_batch,
             transform: self.transform.clone(),

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::args::ConvertArgs;
 use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
@@ -13,14 +15,17 @@ use crate::calibration::{fingerprint, windows};
 use crate::forward::Model;
 use crate::gguf::Metadata;
 use crate::plan::memory::human;
+use crate::plan::quality::implies_transform;
 use crate::plan::{Input, Options, Plan, Recipe, Rounding};
 use crate::rounding::matrix::Form;
 use crate::rounding::run::{self, Job};
 use crate::rounding::state::{RoundedTensors, forget};
 use crate::rounding::weighted;
+use crate::transform::preset::left_out;
 use crate::transform::{Anatomy, Pair, Preset, Transforms};
 use crate::tuning::engine::{Engine, Processor};
-use crate::tuning::student::{self, Rounded, Student};
+use crate::tuning::layer::Rounded;
+use crate::tuning::student::{self, Student};
 
 /// Windows that each candidate is rounded on, and those that it is judged by.
 const WINDOWS: usize = 64;
@@ -35,10 +40,13 @@ pub fn tokens(length: usize) -> usize {
     WINDOWS * length
 }
 
-/// What a candidate takes: the model twice in f32, and a batch.
-pub fn memory(model: &Model<'_>, recipe: &Recipe) -> u64 {
+/// What a candidate takes: the rounding, then the model twice in f32 and a batch.
+pub fn memory(model: &Model<'_>, recipe: &Recipe, threads: usize) -> u64 {
     let weights: u64 = model.source().tensors().iter().map(|t| t.elements() * 4).sum();
-    2 * weights + student::least(model, BATCH * recipe.ctx.unwrap_or(512) as usize)
+    let length = recipe.ctx.unwrap_or(512) as usize;
+    let rounding =
+        run::memory(model, length, BATCH, threads, false) + run::kept(model, tokens(length), recipe.one_pass);
+    rounding.max(2 * weights + student::least(model, BATCH * length))
 }
 
 /// Why a preset is not tried.
@@ -79,18 +87,15 @@ pub fn choose(
     if fit.is_empty() {
         return Ok(None);
     }
-    let needed = memory(&Model::new(path, &*input.source, &input.metadata)?, &options.recipe);
+    let needed = memory(&Model::new(path, &*input.source, &input.metadata)?, &options.recipe, args.thread_count());
     let room = super::round::room(args.max_memory);
     if needed > room {
         let why = format!("needs {} of memory; {} are there", human(needed), human(room));
-        return match args.plain_recipe()?.transform {
-            Some(_) => Err(Failure::new(RESOURCE, format!("--transform auto {why}"))),
-            // nobody asked for it: the word did
-            None => {
-                say(format!("transforms: not measured, which {why}"));
-                Ok(None)
-            }
-        };
+        if !implies_transform(&options.recipe) {
+            return Err(Failure::new(RESOURCE, format!("--transform auto {why}")));
+        }
+        say(format!("transforms: not measured, which {why}"));
+        return Ok(None);
     }
     let r = &options.recipe;
     let state = state_of(args.out().map_or(Path::new("transforms"), |p| p));
@@ -113,14 +118,31 @@ pub fn choose(
         return Ok(None);
     }
     let windows = tokens.len() / length - judged / length;
-    // what it says of allocations is said by the conversion
-    let mut quiet = args.clone();
-    quiet.quiet = true;
-    let trial = Trial { args: &quiet, options, path, text, last, length, state: &state };
-    let plain = trial.divergence(None)?;
+    // what is said of allocations is said by the conversion, and measured there
+    let (mut quiet, mut predicted) = (args.clone(), options.clone());
+    (quiet.quiet, predicted.recipe.measure) = (true, false);
+    let trial = Trial {
+        args: &quiet,
+        options: &predicted,
+        path,
+        text,
+        last,
+        length,
+        all: windows::digest(&tokens),
+        state: &state,
+        quiet: args.quiet,
+    };
+    let plain = match trial.divergence(None) {
+        Err(e) if e.code != INTERRUPTED && implies_transform(&options.recipe) => {
+            say(format!("transforms: not measured: {}", e.message));
+            return Ok(None);
+        }
+        plain => plain?,
+    };
     say(format!("transform none: KLD {plain:.6} on {} windows held out", judged / length));
     let mut best = (plain * PAYS, None);
     for (preset, _) in fit {
+        left_out(preset, anatomy).into_iter().for_each(&say);
         let start = Instant::now();
         let tried = make(preset, windows).and_then(|made| Ok((trial.divergence(Some(&made))?, made)));
         let (kld, made) = match tried {
@@ -142,6 +164,22 @@ pub fn choose(
     Ok(best.1)
 }
 
+/// What was measured, kept in the state folder for a run that goes on there.
+const MEASURED: &str = "auto.json";
+
+/// What a measurement depends on.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Key {
+    version: String,
+    /// Of the model behind the transforms.
+    fingerprint: String,
+    /// Of what is rounded on, what judges, and all of it.
+    texts: [String; 3],
+    /// Rounding, one pass, scales by row, tokens of a window.
+    how: (String, bool, bool, usize),
+    types: Vec<(String, String)>,
+}
+
 /// What all candidates have in common.
 struct Trial<'a> {
     args: &'a ConvertArgs,
@@ -150,8 +188,11 @@ struct Trial<'a> {
     text: &'a [u32],
     last: &'a [u32],
     length: usize,
+    /// Digest of all of the text.
+    all: String,
     /// Of the conversion: a candidate's allocation is kept there for the one that is taken.
     state: &'a Path,
+    quiet: bool,
 }
 
 impl Trial<'_> {
@@ -166,6 +207,20 @@ impl Trial<'_> {
         let mut plan = Plan::new(&input, options, Some(&supposed), Metadata::new())?;
         super::plan::allocate(args, options, &input, (&mut plan, &Metadata::new()), Some(&supposed), self.state)?;
         let model = Model::new(path, &*input.source, &input.metadata)?;
+        let types = super::round::types(&plan, &input).into_iter().map(|(n, t)| (n, t.name().to_string())).collect();
+        let key = Key {
+            version: env!("CARGO_PKG_VERSION").into(),
+            fingerprint: fingerprint::fingerprint(model.source()),
+            texts: [windows::digest(self.text), windows::digest(self.last), self.all.clone()],
+            how: (format!("{:?}", options.rounding), options.recipe.one_pass, options.recipe.row_scales, length),
+            types,
+        };
+        let file = self.state.join(MEASURED);
+        let mut known: Vec<(Key, f64)> =
+            std::fs::read(&file).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+        if let Some((_, kld)) = known.iter().find(|(k, _)| *k == key) {
+            return Ok(*kld);
+        }
         let pool = pool(args.threads())?;
         let rounds = self.state.join("auto");
         let result: Result<f64, Failure> = pool.install(|| {
@@ -176,6 +231,12 @@ impl Trial<'_> {
         });
         if !matches!(&result, Err(e) if e.code == INTERRUPTED) {
             forget(&rounds);
+        }
+        if let Ok(kld) = result {
+            known.push((key, kld));
+            let text = serde_json::to_vec(&known).expect("plain data");
+            let written = std::fs::create_dir_all(self.state).and_then(|()| std::fs::write(&file, text));
+            written.map_err(|e| Failure::new(RESOURCE, format!("{}: {e}", file.display())))?;
         }
         result
     }
@@ -204,7 +265,9 @@ impl Trial<'_> {
                 keep: true,
                 state,
             };
-            run::run(&job, &mut Steps::new("layer", model.spec.layers, true))?;
+            let mut steps = Steps::new("layer", model.spec.layers, self.quiet);
+            run::run(&job, &mut steps)?;
+            steps.finish();
             return super::tune::rounded_of(plan, &RoundedTensors::open(state, types.into_iter())?);
         }
         let row_scales = self.options.recipe.row_scales;

@@ -66,8 +66,9 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     let rounded = match prepared.options.rounding {
         Rounding::Gptq => {
             let (recipe, input, plan) = (&prepared.options.recipe, &prepared.input, &prepared.plan);
+            let how = super::tune::how(&args, recipe, input, plan)?;
             let mut rounded = super::round::before(&args, recipe, input, plan)?;
-            super::tune::after(&args, recipe, input, plan, &mut rounded)?;
+            super::tune::after(&args, recipe, (input, plan), how, &mut rounded)?;
             Some(rounded)
         }
         Rounding::Nearest => None,

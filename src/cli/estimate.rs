@@ -9,9 +9,10 @@ use super::round::windows;
 use super::{Failure, choose, print};
 use crate::forward::{Model, Spec};
 use crate::gguf::Metadata;
-use crate::plan::quality::Quality;
+use crate::plan::quality::{Quality, implies_transform, spelled_out};
 use crate::plan::{Input, OWN, Options, Plan, Recipe, Rounding};
 use crate::transform::{Anatomy, Preset};
+use crate::tuning::run::Device;
 
 /// Seconds by stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -22,6 +23,7 @@ pub struct Estimate {
     pub transforms: f64,
     pub allocation: f64,
     pub rounding: f64,
+    /// On the processor.
     pub tuning: f64,
 }
 
@@ -116,14 +118,14 @@ impl Work {
 }
 
 /// Presets that `recipe` has measured on this model: in closed form, and learned.
-fn tried(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) -> (usize, usize) {
+pub fn tried(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) -> (usize, usize) {
     let word = recipe.transform.as_deref().and_then(Path::to_str);
     let Some(word) = word.filter(|w| Preset::parse(w) == Some(Preset::Auto)) else { return (0, 0) };
     let path = args.input.as_deref().expect("required by the parser");
     let Ok(anatomy) = Anatomy::new(path, &*input.source, &input.metadata) else { return (0, 0) };
     if anatomy.spec.experts > 0
         || input.transform.is_some()
-        || choose::memory(model, recipe) > super::round::room(args.max_memory)
+        || choose::memory(model, recipe, args.thread_count()) > super::round::room(args.max_memory)
     {
         return (0, 0);
     }
@@ -133,12 +135,11 @@ fn tried(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) 
     (closed.len(), learned.len())
 }
 
-/// The time that what a recipe asks for will take.
-pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input) -> Result<Estimate, Failure> {
+/// The time that what a recipe asks for will take, where products run at `rate`.
+fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &Input, rate: f64) -> Estimate {
     let allocates = recipe.like.is_some() || recipe.target_size.is_some() || recipe.target_bpw.is_some();
-    let pool = pool(args.threads())?;
     let length = recipe.ctx.unwrap_or(512) as usize;
-    let work = Work::new(model, length, rate(&pool));
+    let work = Work::new(model, length, rate);
     let tokens = (windows(recipe) * length) as f64;
     let own = super::tune::own(&recipe.calibrate);
     let given = recipe.calibrate.iter().filter(|w| w.as_os_str() != OWN);
@@ -154,29 +155,26 @@ pub fn estimate(args: &ConvertArgs, recipe: &Recipe, model: &Model<'_>, input: &
     // an embedding that is the head as well is weighed by gradients
     let rounding = |tokens: f64| work.rounding(tokens, paths) + if model.tied() { work.backward() } else { 0.0 };
     let allocation = if allocates { work.allocation(7.0) } else { 0.0 };
+    let tuning = |steps: f64, batch: usize| match args.device {
+        Device::Cpu => work.tuning(steps, (batch * length) as f64),
+        _ => 0.0,
+    };
+    let learning = tuning(super::learn::STEPS.into(), super::learn::settings(Preset::OstQuant, 1, 0).batch);
     let transforms = match tried(args, recipe, model, input) {
         (0, 0) => 0.0,
         // what is taken is allocated once
         (closed, learned) => {
-            let steps = f64::from(super::learn::STEPS);
-            (closed + learned + 1) as f64 * rounding(tokens.min(choose::tokens(length) as f64))
-                + (closed + learned) as f64 * allocation
-                + learned as f64
-                    * work.tuning(
-                        steps,
-                        (super::learn::settings(Preset::OstQuant, super::learn::STEPS, 0).batch * length) as f64,
-                    )
+            let (count, tokens) = ((closed + learned) as f64, tokens.min(choose::tokens(length) as f64));
+            (count + 1.0) * rounding(tokens) + count * allocation + learned as f64 * learning
         }
     };
-    Ok(Estimate {
+    Estimate {
         transforms,
         text: if own { work.text(missing) + if more > missing { work.text(more) } else { 0.0 } } else { 0.0 },
         allocation: allocation + if recipe.measure { work.measuring(&model.spec) } else { 0.0 },
         rounding: rounding(tokens),
-        tuning: recipe
-            .tune
-            .map_or(0.0, |steps| work.tuning(f64::from(steps), (super::tune::batch(recipe) * length) as f64)),
-    })
+        tuning: recipe.tune.map_or(0.0, |steps| tuning(steps.into(), super::tune::batch(recipe))),
+    }
 }
 
 /// A time, in words.
@@ -197,7 +195,7 @@ pub fn announce(args: &ConvertArgs, options: &Options, input: &Input) -> Result<
     let recipe = &options.recipe;
     let plan = Plan::new(input, options, Some(&super::plan::supposed(input)), Metadata::new())?;
     let model = Model::new(path, &*input.source, &input.metadata)?;
-    let e = estimate(args, recipe, &model, input)?;
+    let e = estimate(args, recipe, &model, input, rate(&pool(args.threads())?));
     let stages = [
         (e.text, "text from the model itself"),
         (e.transforms, "transforms measured"),
@@ -205,8 +203,11 @@ pub fn announce(args: &ConvertArgs, options: &Options, input: &Input) -> Result<
         (e.rounding, "GPTQ with corrected targets"),
         (e.tuning, "tuning"),
     ];
-    let stages: Vec<String> =
+    let mut stages: Vec<String> =
         stages.iter().filter(|(t, _)| *t > 0.0).map(|(t, what)| format!("{what} ({})", words(*t))).collect();
+    if recipe.tune.is_some() && args.device != Device::Cpu {
+        stages.push("tuning on a GPU (not counted)".into());
+    }
     print::stderr(&format!("{}: {}; about {} in all", plan.type_name, stages.join(", "), words(e.total())));
     if e.total() > 3600.0 {
         let faster = match Quality::of_word(recipe) {
@@ -218,30 +219,28 @@ pub fn announce(args: &ConvertArgs, options: &Options, input: &Input) -> Result<
     Ok(())
 }
 
-/// The best word that `budget` seconds allow, with the tuning that fits; at least `fast`.
-pub fn within(
-    args: &ConvertArgs,
-    recipe: &Recipe,
-    input: &Input,
-    budget: f64,
-) -> Result<(Quality, Option<u32>), Failure> {
+/// What a command line says, `recipe`, with the best word that `budget` seconds allow spelled out, and the tuning that fits; at
+/// least `fast`. Measuring transforms is the first that is left out.
+pub fn within(args: &ConvertArgs, recipe: &Recipe, input: &Input, budget: f64) -> Result<Recipe, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
-    let Ok(model) = Model::new(path, &*input.source, &input.metadata) else { return Ok((Quality::Fast, None)) };
-    let total = |quality: Quality, steps: Option<u32>| {
-        let mut spelled = crate::plan::quality::spelled_out(recipe.clone(), quality);
-        spelled.tune = steps;
-        estimate(args, &spelled, &model, input).map(|e| e.total())
-    };
-    if total(Quality::Balanced, None)? > budget {
-        return Ok((Quality::Fast, None));
+    let fast = spelled_out(recipe.clone(), Quality::Fast);
+    let Ok(model) = Model::new(path, &*input.source, &input.metadata) else { return Ok(fast) };
+    let balanced = spelled_out(recipe.clone(), Quality::Balanced);
+    let mut unmeasured = balanced.clone();
+    if implies_transform(&balanced) {
+        unmeasured.transform = Some("none".into());
     }
     // fewer steps than the last are not worth their text
-    for steps in [2000, 1400, 1000, 700, 500, 350, 250, 180, 120, 80, 50] {
-        if total(Quality::Best, Some(steps))? <= budget {
-            return Ok((Quality::Best, Some(steps)));
+    let steps = [2000, 1400, 1000, 700, 500, 350, 250, 180, 120, 80, 50];
+    let best = spelled_out(recipe.clone(), Quality::Best);
+    let tuned = steps.map(|n| Recipe { tune: best.tune.map(|_| n), ..best.clone() });
+    let rate = rate(&pool(args.threads())?);
+    for candidate in tuned.into_iter().chain([balanced, unmeasured]) {
+        if estimate(args, &candidate, &model, input, rate).total() <= budget {
+            return Ok(candidate);
         }
     }
-    Ok((Quality::Balanced, None))
+    Ok(fast)
 }
 
 #[cfg(test)]

@@ -134,6 +134,12 @@ fn to_rows(s: Simulation) -> impl Fn(&str, usize) -> Option<Fake> {
 
 /// Learns the transforms of a preset.
 pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> Result<Transforms, Failure> {
+    if anatomy.spec.experts > 0 {
+        return Err(Failure::new(
+            REFUSED,
+            format!("{}: nothing is learned for mixtures of experts yet", path.display()),
+        ));
+    }
     let words = words::Request {
         words: r.texts,
         length: r.length,
@@ -147,7 +153,7 @@ pub fn learn(path: &Path, input: &Input, anatomy: &Anatomy, r: &Request<'_>) -> 
     let model = &prepared.model;
     let batch = r.settings.batch * r.length;
     if r.local {
-        return by_layer((path, input), anatomy, r, &prepared);
+        return by_layer(input, anatomy, r, &prepared);
     }
     let (learn, decide) = split(&prepared.tokens, r.length);
     let room = super::round::room(r.max_memory);
@@ -255,19 +261,8 @@ impl local::Watch for Layers {
 }
 
 /// Learns layer by layer.
-fn by_layer(
-    (path, input): (&Path, &Input),
-    anatomy: &Anatomy,
-    r: &Request<'_>,
-    prepared: &Prepared<'_>,
-) -> Result<Transforms, Failure> {
+fn by_layer(input: &Input, anatomy: &Anatomy, r: &Request<'_>, prepared: &Prepared<'_>) -> Result<Transforms, Failure> {
     let (model, tokens) = (&prepared.model, &prepared.tokens);
-    if anatomy.spec.experts > 0 {
-        return Err(Failure::new(
-            REFUSED,
-            format!("{}: nothing is learned for mixtures of experts yet", path.display()),
-        ));
-    }
     let windows = tokens.len() / r.length;
     let held_out = windows.div_ceil(HELD_OUT_PART).min(HELD_OUT_MOST);
     let (least, streams) =

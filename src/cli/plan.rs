@@ -8,10 +8,11 @@ use super::args::ConvertArgs;
 use super::{Failure, REFUSED, RESOURCE, print};
 use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
+use crate::forward::Model;
 use crate::gguf::Metadata;
 use crate::plan::memory::{self, Memory, human};
 use crate::plan::{Budget, Input, Options, Plan, Rounding, Target};
-use crate::transform::Transforms;
+use crate::transform::{Preset, Transforms};
 
 /// Everything that is known before work starts.
 pub struct Prepared {
@@ -30,18 +31,25 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let path = args.input.as_deref().expect("required by the parser");
     let mut input = Input::open(path, &options)?;
     if let Some(budget) = args.time_budget {
-        let (word, steps) = super::estimate::within(args, &options.recipe, &input, budget)?;
-        let mut recipe = crate::plan::quality::spelled_out(args.plain_recipe()?, word);
-        recipe.tune = steps.or(recipe.tune);
+        let recipe = super::estimate::within(args, &args.plain_recipe()?, &input, budget)?;
         options = Options::resolve(recipe).map_err(|e| Failure::new(super::USAGE, e))?;
     }
     settle(args, &mut options, &mut input, path)?;
     if calibrate {
         super::estimate::announce(args, &options, &input)?;
     }
-    let r = &options.recipe;
-    let mut given = r.imatrix.as_deref().map(Imatrix::load).transpose()?;
+    if options.recipe.row_scales {
+        // before anything is measured
+        by_row(&Plan::new(&input, &options, Some(&supposed(&input)), Metadata::new())?)?;
+    }
+    let mut given = options.recipe.imatrix.as_deref().map(Imatrix::load).transpose()?;
     let transforms = super::transform::apply(args, &options, &mut input, given.as_mut(), calibrate)?;
+    let measured = super::transform::named_in(&options.recipe) == Some(Preset::Auto);
+    if let Some(name) = super::transform::repeats(transforms.as_deref()).filter(|_| measured && calibrate) {
+        // the recipe says what was taken, not that it was measured
+        options.recipe.transform = Some(name.into());
+    }
+    let r = &options.recipe;
     let mut imatrix = match given {
         Some(imatrix) => Some(imatrix),
         None if r.calibrate.is_empty() => None,
@@ -54,12 +62,11 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let keys = provenance::keys(&input, r, imatrix.as_ref(), transforms.as_deref());
     let mut plan = Plan::new(&input, &options, imatrix.as_ref(), keys.clone())?;
     if r.row_scales {
-        let by_row = |ty| crate::formats::grid::Grid::of(ty).is_some_and(|g| g.by_row().is_some());
-        if let Some(t) = plan.tensors.iter().find(|t| t.ty.is_quantized() && !by_row(t.ty)) {
-            let why =
-                format!("--row-scales: `{}` is to be {}: there is no scale by row in it (try --pure)", t.name, t.ty);
-            return Err(Failure::new(super::USAGE, why));
-        }
+        by_row(&plan)?;
+    }
+    let tries = |model: &Model<'_>| super::estimate::tried(args, r, model, &input) != (0, 0);
+    if measured && !calibrate && Model::new(path, &*input.source, &input.metadata).is_ok_and(|m| tries(&m)) {
+        plan.warnings.push("transforms are measured when the model is converted".into());
     }
     // the word asks for an allocation, but a plan alone reads headers only
     let later = !calibrate && options.recipe.quality.is_some() && !args.sizes();
@@ -81,6 +88,19 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
     Ok(Prepared { input, options, plan, imatrix, memory, transforms })
+}
+
+/// Refuses types without a scale by row.
+fn by_row(plan: &Plan) -> Result<(), Failure> {
+    let by_row = |ty| crate::formats::grid::Grid::of(ty).is_some_and(|g| g.by_row().is_some());
+    match plan.tensors.iter().find(|t| t.ty.is_quantized() && !by_row(t.ty)) {
+        Some(t) => {
+            let (name, ty) = (&t.name, t.ty);
+            let why = format!("--row-scales: `{name}` is to be {ty}: there is no scale by row in it (try --pure)");
+            Err(Failure::new(super::USAGE, why))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Gives the tensors of `plan` the types that a size allocates, where one is asked for; `keys` are those that it was made with.
@@ -110,7 +130,8 @@ pub fn allocate(
 /// Takes back what the recipe asks for and this model cannot have: loudly where a word or a default asked for it; what the
 /// user spelled out is refused where it is tried.
 fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &std::path::Path) -> Result<(), Failure> {
-    if options.rounding != Rounding::Gptq {
+    let nearest = options.rounding != Rounding::Gptq;
+    if nearest && (options.recipe.quality.is_none() || options.recipe.calibrate.is_empty()) {
         return Ok(());
     }
     let mixture = crate::forward::Spec::read(&input.metadata).is_ok_and(|s| s.experts > 0);
@@ -123,23 +144,23 @@ fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &s
     }
     let sized = asked.target_size.is_some() || asked.target_bpw.is_some() || asked.like.is_some();
     let mut r = options.recipe.clone();
-    let model = crate::forward::Model::new(path, &*input.source, &input.metadata).map(|m| m.spec.experts > 0);
+    let implied = crate::plan::quality::implies_transform(&r);
+    let model = Model::new(path, &*input.source, &input.metadata).map(|m| m.spec.experts > 0);
     let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
     match model.map_err(|e| e.to_string()).and_then(|m| encoder.map(|()| m).map_err(|e| e.to_string())) {
-        Ok(false) => return Ok(()),
-        Ok(true) => {
+        Ok(mixture) if nearest || !mixture => return Ok(()),
+        Ok(_) => {
             // nothing writes text, tunes or measures transforms yet that has experts
             r.tune = None;
-            r.transform.clone_from(&asked.transform);
+            r.transform.take_if(|_| implied);
             r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
-            if options.recipe.tune.is_some() {
-                input.warnings.push("a mixture of experts: nothing is tuned".into());
-            }
+            let tuned = if options.recipe.tune.is_some() { ", nothing is tuned" } else { "" };
+            input.warnings.push(format!("a mixture of experts: no transforms are measured{tuned}"));
         }
         Err(why) if sized => return Err(Failure::new(REFUSED, format!("{why}: types cannot be allocated"))),
         Err(why) => {
             (r.like, r.target_size, r.target_bpw, r.tune) = (None, None, None, None);
-            r.transform.clone_from(&asked.transform);
+            r.transform.take_if(|_| implied);
             r.calibrate.clear();
             r.rounding = Some("nearest".into());
             let how = "rounding to nearest, as llama.cpp does without an importance matrix";

@@ -14,6 +14,7 @@ use crate::calibration::imatrix::Imatrix;
 use crate::gguf::{GgmlType, Metadata};
 use crate::output;
 use crate::plan::memory::human;
+use crate::plan::quality::implies_transform;
 use crate::plan::{FileType, Input, Options, Plan};
 use crate::source::TensorSource;
 use crate::transform::scales::{self, Job};
@@ -58,6 +59,17 @@ struct Text<'a> {
 /// The preset that `what` names; `None`: a file.
 fn named(what: &Path) -> Option<Preset> {
     what.to_str().and_then(Preset::parse)
+}
+
+/// The preset that a recipe names.
+pub fn named_in(r: &crate::plan::Recipe) -> Option<Preset> {
+    r.transform.as_deref().and_then(named)
+}
+
+/// What a recipe that makes the same transforms without a measurement says; `None`: nothing does.
+pub fn repeats(chosen: Option<&Transforms>) -> Option<&str> {
+    let closed = [Preset::QuaRot, Preset::Womi].map(Preset::name);
+    chosen.map_or(Some(Preset::None.name()), |t| closed.into_iter().find(|n| *n == t.name))
 }
 
 /// Makes or reads the transforms that `what` names.
@@ -157,8 +169,9 @@ pub fn apply(
     let path = args.input.as_deref().expect("required by the parser");
     let Some(what) = r.transform.as_deref().filter(|w| named(w) != Some(Preset::None)) else { return Ok(None) };
     // a word's transforms are measured where there is something to measure
-    let implied = args.plain_recipe()?.transform.is_none();
+    let implied = implies_transform(r);
     if implied && input.transform.is_some() {
+        input.warnings.push("the model was transformed before: no transforms are measured".into());
         return Ok(None);
     }
     if let Some((name, _)) = &input.transform {
@@ -166,7 +179,10 @@ pub fn apply(
         return Err(Failure::new(REFUSED, why));
     }
     let anatomy = match Anatomy::new(path, &*input.source, &input.metadata) {
-        Err(_) if implied => return Ok(None),
+        Err(e) if implied => {
+            input.warnings.push(format!("no transforms are measured: {e}"));
+            return Ok(None);
+        }
         anatomy => anatomy?,
     };
     let preset = named(what);

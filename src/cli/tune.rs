@@ -6,14 +6,17 @@ use std::time::Instant;
 use super::args::ConvertArgs;
 use super::calibrate::{Prepared, pool, state_of};
 use super::steps::Steps;
-use super::{Failure, RESOURCE, print, words};
+use super::{Failure, RESOURCE, USAGE, print, words};
 use crate::calibration::windows;
+use crate::forward::Model;
 use crate::gguf::GgmlType;
 use crate::plan::memory::human;
-use crate::plan::{Input, Plan, Recipe};
+use crate::plan::{Input, Plan, PlannedTensor, Recipe};
+use crate::rounding::RoundingError;
 use crate::rounding::state::RoundedTensors;
-use crate::tuning::run::{self, Done, Job, Settings, Watch};
-use crate::tuning::student::Rounded;
+use crate::tuning::layer::Rounded;
+use crate::tuning::run::{self, Device, Done, Job, Settings, Watch};
+use crate::tuning::{local, student};
 
 /// The last of so many parts of the text is held out of tuning: windows between those that it learns from would tell little
 /// of other text.
@@ -45,13 +48,20 @@ impl Watch for Progress {
     }
 }
 
+/// A tensor as it was rounded; none: it was not.
+fn one_rounded(plan: &Plan, rounded: &RoundedTensors, name: &str) -> Result<Option<Rounded>, RoundingError> {
+    let wanted = |t: &&PlannedTensor| t.name == name && t.ty.is_quantized() && t.dims.len() == 2;
+    let Some(t) = plan.tensors.iter().find(wanted) else { return Ok(None) };
+    let mut bytes = vec![0; t.bytes as usize];
+    Ok(rounded.read(name, t.ty, 0, &mut bytes)?.then_some(Rounded { ty: t.ty, bytes }))
+}
+
 /// The tensors as they were rounded, in memory.
 pub fn rounded_of(plan: &Plan, rounded: &RoundedTensors) -> Result<BTreeMap<String, Rounded>, Failure> {
     let mut all = BTreeMap::new();
-    for t in plan.tensors.iter().filter(|t| t.ty.is_quantized() && t.dims.len() == 2) {
-        let mut bytes = vec![0; t.bytes as usize];
-        if rounded.read(&t.name, t.ty, 0, &mut bytes)? {
-            all.insert(t.name.clone(), Rounded { ty: t.ty, bytes });
+    for t in &plan.tensors {
+        if let Some(r) = one_rounded(plan, rounded, &t.name)? {
+            all.insert(t.name.clone(), r);
         }
     }
     Ok(all)
@@ -82,15 +92,65 @@ pub fn split(tokens: &[u32], length: usize) -> (Vec<u32>, Vec<u32>) {
     (learn.to_vec(), decide)
 }
 
+/// How a model is tuned.
+#[derive(Clone, Copy, Debug)]
+pub enum How {
+    /// All layers together, with so many bytes; `again`: each layer's forward pass is computed twice.
+    Whole { memory: u64, again: bool },
+    /// Layer by layer.
+    Local { memory: u64 },
+}
+
+/// How what the recipe asks for fits; refused before anything is done where it does not. `None`: nothing is tuned.
+pub fn how(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> Result<Option<How>, Failure> {
+    if recipe.tune.is_none() {
+        return Ok(None);
+    }
+    let path = args.input.as_deref().expect("required by the parser");
+    let model = Model::new(path, &*input.source, &input.metadata)?;
+    let tokens = batch(recipe) * recipe.ctx.unwrap_or(512) as usize;
+    let types = super::round::types(plan, input);
+    let latent: u64 = plan.tensors.iter().filter(|t| types.contains_key(&t.name)).map(|t| t.elements()).sum();
+    let weights = input.source.tensors().iter().map(|t| t.elements() * 4).sum::<u64>();
+    let least = weights + latent * 14 + student::least(&model, tokens);
+    let kept = student::kept(&model, tokens);
+    let room = super::round::room(args.max_memory);
+    // what a word asks for is done as it can be
+    let word = args.plain_recipe()?.tune.is_none();
+    if !recipe.tune_local && least <= room {
+        let again = least + kept > room;
+        let kept = if again { kept / model.spec.layers as u64 } else { kept };
+        return Ok(Some(How::Whole { memory: least + kept, again }));
+    }
+    let needs = |flag: &str, bytes: u64| {
+        format!("{flag} needs {} of memory for this model; {} are there", human(bytes), human(room))
+    };
+    if !recipe.tune_local && (!word || args.device != Device::Cpu) {
+        let why = format!("{}; --tune-local needs less", needs("--tune", least));
+        return Err(Failure::new(RESOURCE, why));
+    }
+    if args.device != Device::Cpu {
+        return Err(Failure::new(USAGE, "--tune-local runs on the processor: leave --device out"));
+    }
+    if !recipe.tune_local && !args.quiet {
+        print::stderr(&format!("{}: layer by layer", needs("tuning", least)));
+    }
+    let memory = local::memory(&model, tokens);
+    if memory > room {
+        return Err(Failure::new(RESOURCE, needs("--tune-local", memory)));
+    }
+    Ok(Some(How::Local { memory }))
+}
+
 /// Tunes what was rounded; the tuned tensors take the place of the rounded ones.
 pub fn after(
     args: &ConvertArgs,
     recipe: &Recipe,
-    input: &Input,
-    plan: &Plan,
+    (input, plan): (&Input, &Plan),
+    how: Option<How>,
     tensors: &mut RoundedTensors,
 ) -> Result<(), Failure> {
-    let Some(steps) = recipe.tune else { return Ok(()) };
+    let (Some(steps), Some(how)) = (recipe.tune, how) else { return Ok(()) };
     let path = args.input.as_deref().expect("required by the parser");
     let named = if recipe.tune_text.is_empty() { &recipe.calibrate } else { &recipe.tune_text };
     let length = recipe.ctx.unwrap_or(512) as usize;
@@ -105,76 +165,137 @@ pub fn after(
         quiet: args.quiet,
     };
     let Prepared { model, tokens, .. } = Prepared::new((path, input), &request)?;
-    let (learn, decide) = split(&tokens, length);
-    let rounded = rounded_of(plan, tensors)?;
+    let (mut learn, decide) = split(&tokens, length);
     let two_bits = plan.tensors.iter().any(|t| t.ty == GgmlType::Q2_K);
     let settings = Settings::new(steps as usize, batch(recipe), two_bits);
-    let latent: u64 = plan.tensors.iter().filter(|t| rounded.contains_key(&t.name)).map(|t| t.elements()).sum();
-    let weights = input.source.tensors().iter().map(|t| t.elements() * 4).sum::<u64>();
-    let batch = settings.batch * length;
-    let least = weights + latent * 14 + crate::tuning::student::least(&model, batch);
-    let kept = crate::tuning::student::kept(&model, batch);
-    let room = super::round::room(args.max_memory);
-    if least > room {
-        return Err(Failure::new(
-            RESOURCE,
-            format!("--tune needs {} of memory for this model; {} are there", human(least), human(room)),
-        ));
+    if let How::Local { .. } = how {
+        let every = (learn.len() / length).div_ceil(LOCAL_WINDOWS).max(1);
+        learn = learn.chunks_exact(length).step_by(every).flatten().copied().collect();
     }
-    let again = least + kept > room;
     if !args.quiet {
+        let (memory, layer) = match how {
+            How::Whole { memory, .. } => (memory, ""),
+            How::Local { memory } => (memory, " for each layer"),
+        };
         print::stderr(&format!(
-            "tuning: {steps} steps of {} windows out of {}, {} held out; at most {} of memory",
+            "tuning: {steps} steps{layer} of {} windows out of {}, {} held out; at most {} of memory",
             settings.batch,
             learn.len() / length,
             decide.len() / length,
-            human(least + if again { kept / model.spec.layers as u64 } else { kept }),
+            human(memory),
         ));
         let seen = steps as usize * settings.batch * length;
-        if learn.len() < seen / 4 {
+        if learn.len() < seen / 4 && matches!(how, How::Whole { .. }) {
             print::stderr(
                 "warning: every window is seen more than four times: more text with --tune-text over-fits less",
             );
         }
     }
-    let digest = key(&rounded, &[&learn, &decide]);
-    let job = Job {
-        model: &model,
-        tokens: &learn,
-        held_out: &decide,
-        length,
-        rounded: &rounded,
-        settings,
-        key: digest,
-        again,
-        device: args.device,
-        save_every: run::SAVE_EVERY,
-        state: &state,
-    };
     let start = Instant::now();
-    let mut progress = Progress { steps: Steps::new("step", steps as usize, args.quiet), quiet: args.quiet };
     let pool = pool(args.threads())?;
-    let (done, tuned) = pool.install(|| run::run(&job, &mut progress))?;
-    progress.steps.finish();
-    if !args.quiet {
-        summary("tuned", &done, start.elapsed().as_secs_f64());
-    }
+    let tuned = match how {
+        How::Local { memory } => {
+            let all: Vec<u32> = learn.iter().chain(&decide).copied().collect();
+            let keep = memory + local::streams(&model, all.len()) <= super::round::room(args.max_memory) / 2;
+            let job = local::Job {
+                model: &model,
+                tokens: &all,
+                held_out: decide.len() / length,
+                length,
+                rounded: &|name| Ok(one_rounded(plan, tensors, name)?),
+                settings,
+                key: key_of(plan, tensors, &[&learn, &decide])?,
+                keep,
+                state: &state,
+            };
+            let layers = model.spec.layers;
+            let mut watch =
+                Layers { steps: Steps::new("layer", layers, args.quiet), quiet: args.quiet, ratios: Vec::new() };
+            let tuned = pool.install(|| local::run(&job, &mut watch))?;
+            watch.steps.finish();
+            if !args.quiet {
+                let mean = (watch.ratios.iter().sum::<f64>() / watch.ratios.len().max(1) as f64).exp();
+                print::stderr(&format!(
+                    "tuned in {:.1} s: errors of layers {mean:.3} of what they were (geometric mean)",
+                    start.elapsed().as_secs_f64()
+                ));
+            }
+            tuned
+        }
+        How::Whole { again, .. } => {
+            let rounded = rounded_of(plan, tensors)?;
+            let job = Job {
+                model: &model,
+                tokens: &learn,
+                held_out: &decide,
+                length,
+                rounded: &rounded,
+                settings,
+                key: key_of(plan, tensors, &[&learn, &decide])?,
+                again,
+                device: args.device,
+                save_every: run::SAVE_EVERY,
+                state: &state,
+            };
+            let mut progress = Progress { steps: Steps::new("step", steps as usize, args.quiet), quiet: args.quiet };
+            let (done, tuned) = pool.install(|| run::run(&job, &mut progress))?;
+            progress.steps.finish();
+            if !args.quiet {
+                summary("tuned", &done, start.elapsed().as_secs_f64());
+            }
+            tuned
+        }
+    };
     for (name, ty) in tuned {
         tensors.replace(&state, &run::tuned(&name), &name, ty)?;
     }
     Ok(())
 }
 
+/// Windows that tuning by layers learns from at most: all of their streams are kept.
+const LOCAL_WINDOWS: usize = 512;
+
+/// Progress of layers, and what the windows that are held out say.
+struct Layers {
+    steps: Steps,
+    quiet: bool,
+    /// Logarithms of the errors' ratios.
+    ratios: Vec<f64>,
+}
+
+impl local::Watch for Layers {
+    fn layer(&mut self, l: usize, done: local::Done) {
+        let local::Done { before, after, step } = done;
+        if !self.quiet {
+            let line =
+                format!("layer {l}: error {before:.5} -> {after:.5} of its branch on windows held out, step {step}");
+            self.steps.line(&line);
+        }
+        if before > 0.0 && after > 0.0 {
+            self.ratios.push((after / before).ln());
+        }
+        self.steps.done(l + 1);
+    }
+
+    fn resumed(&mut self, layers: usize) {
+        crate::calibration::run::Watch::resumed(&mut self.steps, layers);
+    }
+}
+
 /// Of the blocks and the text that a run starts from.
-fn key(rounded: &BTreeMap<String, Rounded>, texts: &[&[u32]]) -> String {
+fn key_of(plan: &Plan, tensors: &RoundedTensors, texts: &[&[u32]]) -> Result<String, RoundingError> {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
-    for (name, r) in rounded {
-        hash.update(name.as_bytes());
-        hash.update(&r.bytes);
+    let mut names: Vec<&str> = plan.tensors.iter().map(|t| &*t.name).collect();
+    names.sort_unstable();
+    for name in names {
+        if let Some(r) = one_rounded(plan, tensors, name)? {
+            hash.update(name.as_bytes());
+            hash.update(&r.bytes);
+        }
     }
     texts.iter().for_each(|t| hash.update(windows::digest(t)));
-    crate::calibration::imatrix::hex(&hash.finalize())
+    Ok(crate::calibration::imatrix::hex(&hash.finalize()))
 }
 
 /// What a run brought; `verb`: what it did.

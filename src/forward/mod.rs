@@ -47,7 +47,7 @@ pub enum ForwardError {
     Token { token: u32, vocab: usize },
     #[error("layer {layer}: the activations hold {value} at token {token}, column {column}")]
     NotFinite { layer: usize, token: usize, column: usize, value: f32 },
-    #[error("architecture `{arch}` has no backward pass yet: {why}")]
+    #[error("architecture `{arch}`: {why}")]
     NoBackward { arch: String, why: String },
     #[error("layer {layer}: the gradients hold {value} at token {token}, column {column}")]
     Gradient { layer: usize, token: usize, column: usize, value: f32 },

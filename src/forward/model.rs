@@ -282,9 +282,10 @@ impl<'a> Model<'a> {
     /// Name and outputs of the stack of experts of a layer that `slot` is part of.
     pub(super) fn stack(&self, l: usize, slot: Slot) -> Result<(String, usize), ForwardError> {
         let part = match slot {
+            Slot::Gate => "ffn_gate_exps",
             Slot::Up => "ffn_up_exps",
             Slot::Down => "ffn_down_exps",
-            _ => "ffn_gate_exps",
+            _ => unreachable!("{slot:?} has no experts"),
         };
         let name = format!("blk.{l}.{part}.weight");
         let outputs = self.tensor(&name)?.dims[1] as usize;

@@ -11,7 +11,7 @@ use super::{View, ViewMut};
 /// Rows (tokens) and columns (outputs) of a tile. The library cuts outputs into runs of 128, which are no whole number of
 /// microkernels (24 or 48 high): runs of 96 are, and take 8 % less time (`examples/bench_forward.rs`).
 const TILE: (usize, usize) = (320, 96);
-/// Tiles that a product is cut into at least, where that leaves them this many rows: enough for the threads of a server.
+/// A product of fewer tiles is cut into lower ones, down to so many rows: there shall be work for the threads of a server.
 const LEAST: usize = 48;
 const LEAST_ROWS: usize = 96;
 /// Tiles are multiples of the microkernels' height (24 with AVX2, 48 with AVX-512), so that few values are left over.
@@ -57,8 +57,8 @@ fn add_tiles<'a>(
 ) {
     let mut rest = ViewMut::new(out, m, n);
     let mut most = TILE.0;
-    while most / 2 >= LEAST_ROWS && m.div_ceil(most) * n.div_ceil(TILE.1) < LEAST {
-        most /= 2;
+    while most > LEAST_ROWS && m.div_ceil(most) * n.div_ceil(TILE.1) < LEAST {
+        most = (most / 2).max(LEAST_ROWS);
     }
     for (row, rows) in pieces(m, most) {
         let (mut band, below) = rest.split_rows(rows);

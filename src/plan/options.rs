@@ -157,6 +157,9 @@ impl Options {
             Some("gptq") => Rounding::Gptq,
             Some(other) => return Err(format!("--rounding: `{other}` is not nearest, gptq or auto")),
         };
+        if r.tune_local && r.tune.is_none() {
+            return Err("--tune-local needs --tune".into());
+        }
         if let Some(batch) = r.tune_batch.filter(|b| !(1..=1024).contains(b)) {
             return Err(format!("--tune-batch: {batch} is not between 1 and 1024"));
         }

@@ -89,6 +89,11 @@ fn worth(r: &Recipe) -> bool {
 /// What `balanced` and `best` measure: behind GPTQ in block formats nothing else that was tried brings more than this (docs/quality.md).
 const TRANSFORM: &str = "auto:quarot";
 
+/// Whether transforms are measured because a word stands for it: where they cannot be, they are left out.
+pub fn implies_transform(r: &Recipe) -> bool {
+    r.quality.is_some() && r.transform.as_deref() == Some(std::path::Path::new(TRANSFORM))
+}
+
 /// The recipe spelled out. What it says by itself stands.
 pub fn spelled_out(mut r: Recipe, quality: Quality) -> Recipe {
     r.quality = Some(quality.name().into());
@@ -109,11 +114,13 @@ pub fn spelled_out(mut r: Recipe, quality: Quality) -> Recipe {
         r.rounding.get_or_insert_with(|| "nearest".into());
         return r;
     }
-    if r.rounding.get_or_insert_with(|| "gptq".into()) == "gptq" {
+    let rounding = r.rounding.get_or_insert_with(|| "gptq".into());
+    let gptq = ["gptq", "auto"].iter().any(|w| rounding.eq_ignore_ascii_case(w));
+    if gptq && !r.vocab_only {
         r.transform.get_or_insert_with(|| TRANSFORM.into());
     }
     let sized = r.target_size.is_some() || r.target_bpw.is_some() || r.like.is_some();
-    if !sized && r.mix.is_none() && !r.pure && r.rounding.as_deref() == Some("gptq") {
+    if !sized && r.mix.is_none() && !r.pure && gptq {
         r.like = r.r#type.clone();
     }
     if quality == Quality::Best && r.tune.is_none() {

@@ -83,6 +83,9 @@ pub struct Recipe {
     /// Steps of tuning after GPTQ.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tune: Option<u32>,
+    /// Tuning goes layer by layer.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub tune_local: bool,
     /// Texts to tune on; empty: those of `calibrate`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tune_text: Vec<PathBuf>,
@@ -180,7 +183,7 @@ impl Recipe {
         } else if imatrix_over {
             self.calibrate.clear();
         }
-        or!(exact measure one_pass row_scales leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
+        or!(exact measure one_pass row_scales tune_local leave_output_tensor pure vocab_only fuse_qkv fp8_as_q8 bigendian);
         or!(allow_requantize allow_f16_overflow no_provenance);
         extend!(tensor_type types calibrate tune_text include_weights exclude_weights override_kv prune_layers);
         self

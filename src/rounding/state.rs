@@ -142,6 +142,7 @@ pub fn forget(folder: &Path) {
                 "rounding.json"
                     | "rounding.json.new"
                     | "measured.json"
+                    | "auto.json"
                     | "tuning.state"
                     | "tuning.new"
                     | "learning.state"

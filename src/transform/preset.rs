@@ -89,7 +89,7 @@ impl Preset {
 /// What the rotating presets leave out for `model`, and why.
 pub fn left_out(preset: Preset, model: &Anatomy) -> Vec<String> {
     let pairs: &[Pair] = match preset {
-        // of those that are tried each says it
+        // each of those that are tried has its own
         Preset::None | Preset::Auto => &[],
         Preset::SmoothQuant => &[Pair::Attention, Pair::FeedForward],
         Preset::Awq => &[Pair::Attention, Pair::FeedForward, Pair::ValueScales, Pair::UpDown],

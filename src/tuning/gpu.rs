@@ -262,7 +262,7 @@ impl<'a> Gpu<'a> {
             simulation: None,
         };
         let network = Network::new(&gpu, s.model, &start, (length, batch), again)?;
-        let layer = |t: &mut super::student::Tuned| {
+        let layer = |t: &mut super::layer::Tuned| {
             let blocks = t.linears.each_mut().map(|b| b.as_mut().map(|b| DeviceBlocks::new(&gpu, b)).transpose());
             let norms = t.norms.0.each_mut().map(|p| p.as_mut().map(|p| DeviceNorm::new(&gpu, p)).transpose());
             let ([a, b, c, d, e, f, g], [n, o, p, q, r, s]) = (blocks, norms);

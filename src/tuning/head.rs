@@ -70,7 +70,7 @@ struct Scratch {
 
 impl<'a> LossHead<'a> {
     pub fn new(model: &'a Model<'a>) -> Result<LossHead<'a>, ForwardError> {
-        let norm = super::student::norm_parameters(model.output_norm()?);
+        let norm = super::layer::norm_parameters(model.output_norm()?);
         Ok(LossHead { model, teacher: Head::new(model, Activations::F32, BYTES)?, norm })
     }
 

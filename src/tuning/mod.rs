@@ -4,13 +4,15 @@
 //! Parameters are the scales, minima and, where there are few levels, the codes of every block ([`blocks`]), and the norms.
 //! The rounded model is in memory as f32 ([`student`]); a step is one batch of windows forward and back, the float model
 //! ([`teacher`]) beside it, then one step of Adam. Windows that training does not see say when to stop ([`run`]): on little
-//! text this over-fits. What comes out are plain blocks of the same types.
+//! text this over-fits. Models that do not fit are tuned layer by layer ([`local`]). What comes out are plain blocks of the same types.
 
 pub mod blocks;
 pub mod engine;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod head;
+pub mod layer;
+pub mod local;
 pub mod run;
 pub mod student;
 pub mod teacher;

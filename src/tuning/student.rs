@@ -3,61 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::TuningError;
-use super::blocks::{Adam, Blocks, Parameters};
-use super::head::{LossHead, Target, add_norm_gradient};
-use crate::forward::backward::layer::{Kept, LayerBack, Norm, Scratch, Sink, Slot};
-use crate::forward::layer::{Linear, Pass};
+use super::blocks::{Adam, Blocks};
+use super::head::{LossHead, Target};
+use super::layer::{Rounded, Step, Tuned, blocks_of, f32s};
+use crate::forward::backward::layer::{Kept, LayerBack, Scratch};
+use crate::forward::layer::Pass;
 use crate::forward::{Activations, ForwardError, Model, Spec, kernels};
 use crate::gguf::GgmlType;
-use crate::linalg::add_cross;
-
-/// The blocks that a tensor was rounded to.
-pub struct Rounded {
-    pub ty: GgmlType,
-    pub bytes: Vec<u8>,
-}
-
-/// Parameters of a norm: steps are relative to a weight's size, or to the mean size where that is larger.
-pub fn norm_parameters(weight: Vec<f32>) -> Parameters {
-    let mean = weight.iter().map(|w| w.abs()).sum::<f32>() / weight.len().max(1) as f32;
-    Parameters::relative(weight, mean)
-}
-
-/// The norms of a layer that are there.
-#[derive(Default)]
-pub struct Norms(pub [Option<Parameters>; 6]);
-
-/// What of a layer is tuned.
-pub struct Tuned {
-    pub linears: [Option<Blocks>; 7],
-    pub norms: Norms,
-}
-
-/// A step in work, for one layer.
-struct Step<'a> {
-    tuned: &'a mut Tuned,
-    gradient: &'a mut Vec<f32>,
-    adam: Adam,
-    eps: f32,
-}
-
-impl Sink for Step<'_> {
-    fn linear(&mut self, slot: Slot, linear: &mut Linear, x: &[f32], dy: &[f32]) {
-        let Some(blocks) = &mut self.tuned.linears[slot as usize] else { return };
-        self.gradient.clear();
-        self.gradient.resize(linear.weight.len(), 0.0);
-        add_cross(self.gradient, dy, x, x.len() / linear.inputs, linear.inputs);
-        blocks.step(self.gradient, &mut linear.weight, &self.adam);
-    }
-
-    fn norm(&mut self, norm: Norm, weight: &mut [f32], x: &[f32], dy: &[f32]) {
-        let Some(p) = &mut self.tuned.norms.0[norm as usize] else { return };
-        let mut d = vec![0f32; weight.len()];
-        add_norm_gradient(x, self.eps, dy, &mut d);
-        d.iter().enumerate().for_each(|(i, g)| p.step(i, *g, &self.adam));
-        weight.copy_from_slice(&p.values);
-    }
-}
 
 /// Bytes of what the layers' forward passes leave to the backward pass, for a batch of `tokens`.
 pub fn kept(model: &Model<'_>, tokens: usize) -> u64 {
@@ -101,18 +53,6 @@ impl Table {
     }
 }
 
-/// Makes parameters of what a tensor was rounded to, and `weight` its values. Codes are latent up to `latent` levels.
-fn blocks_of(r: &Rounded, weight: &mut [f32], columns: usize, latent: u32) -> Option<Blocks> {
-    let levels = crate::formats::grid::Grid::of(r.ty).map(|g| crate::rounding::levels::AnyLevels::of(g.levels).count());
-    let target = levels.is_some_and(|n| n <= latent as usize).then(|| weight.to_vec());
-    let mut blocks = Blocks::new(r.ty, &r.bytes, columns, target.as_deref());
-    match &mut blocks {
-        Some(b) => b.values(weight),
-        None => crate::formats::format(r.ty).expect("it was rounded to it").decode(&r.bytes, weight),
-    }
-    blocks
-}
-
 /// The rows of `table` \[vocab, embed\] for `tokens`, as the first layer gets them.
 pub fn embedded(table: &[f32], tokens: &[u32], spec: &Spec) -> Vec<f32> {
     let n = spec.embed;
@@ -153,22 +93,9 @@ impl<'a> Student<'a> {
         let n = spec.embed;
         let (mut layers, mut tuned) = (Vec::new(), Vec::new());
         for l in 0..spec.layers {
-            let mut layer = LayerBack::dense(model.layer(l, Activations::F32)?, spec)?;
-            // parts of a fused weight follow each other
-            let mut used: BTreeMap<String, usize> = BTreeMap::new();
-            let linears = Slot::ALL.map(|slot| {
-                let linear = layer.linear_mut(slot);
-                let r = rounded.get(&linear.name)?;
-                let row = r.ty.block_bytes() * (linear.inputs / r.ty.block_len());
-                let at = used.entry(linear.name.clone()).or_default();
-                let part = &r.bytes[*at..][..row * linear.outputs()];
-                *at += part.len();
-                let part = Rounded { ty: r.ty, bytes: part.to_vec() };
-                blocks_of(&part, &mut linear.weight, linear.inputs, latent)
-            });
-            let norms = layer.norms().map(|w| w.map(|w| norm_parameters(w.to_vec())));
+            let (layer, of_layer) = Tuned::of(model, l, &|name| Ok(rounded.get(name).cloned()), latent)?;
             layers.push(layer);
-            tuned.push(Tuned { linears, norms: Norms(norms) });
+            tuned.push(of_layer);
         }
         let mut rows = vec![0.0; model.vocab * n];
         model.embedding_rows(0, model.vocab, &mut rows)?;
@@ -226,7 +153,7 @@ impl<'a> Student<'a> {
                 layer.forward(pass, &x, kept, &mut self.scratch);
             }
             let tuned = &mut self.tuned[l];
-            let mut sink = Step { tuned, gradient: &mut self.gradient, adam: *adam, eps: spec.rms_eps };
+            let mut sink = Step::new(tuned, &mut self.gradient, *adam, spec.rms_eps);
             layer.back(pass, &x, &mut d, kept, &mut self.scratch, &mut sink)?;
         }
         if !self.embedding.gradient.is_empty() {
@@ -241,30 +168,15 @@ impl<'a> Student<'a> {
     /// Bytes of every tensor that is tuned, as it is written: blocks, and norms as f32.
     pub fn bytes(&self) -> Vec<(String, GgmlType, Vec<u8>)> {
         let mut all: Vec<(String, GgmlType, Vec<u8>)> = Vec::new();
-        let mut add = |name: &str, ty: GgmlType, bytes: Vec<u8>| match all.last_mut() {
-            Some((last, _, old)) if last == name => old.extend(bytes),
-            _ => all.push((name.to_string(), ty, bytes)),
-        };
-        let f32s = |p: &Parameters| p.values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let mut add = |name: &str, ty: GgmlType, bytes: Vec<u8>| all.push((name.to_string(), ty, bytes));
         for table in [Some(&self.embedding), self.output.as_ref()].into_iter().flatten() {
             if let Some(b) = &table.blocks {
                 add(table.name, b.ty(), b.bytes());
             }
         }
         add("output_norm.weight", GgmlType::F32, f32s(&self.head.norm));
-        const NORMS: [&str; 6] =
-            ["attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"];
-        for (l, tuned) in self.tuned.iter().enumerate() {
-            for (slot, blocks) in Slot::ALL.into_iter().zip(&tuned.linears) {
-                if let Some(b) = blocks {
-                    add(&self.layers[l].linear(slot).name, b.ty(), b.bytes());
-                }
-            }
-            for (name, p) in NORMS.iter().zip(&tuned.norms.0) {
-                if let Some(p) = p {
-                    add(&format!("blk.{l}.{name}.weight"), GgmlType::F32, f32s(p));
-                }
-            }
+        for (l, (layer, tuned)) in self.layers.iter().zip(&self.tuned).enumerate() {
+            tuned.bytes(layer, l).into_iter().for_each(|(name, ty, bytes)| add(&name, ty, bytes));
         }
         all
     }
@@ -277,8 +189,7 @@ impl<'a> Student<'a> {
         }
         all.extend(self.head.norm.state());
         for tuned in &mut self.tuned {
-            all.extend(tuned.linears.iter_mut().flatten().flat_map(Blocks::state));
-            all.extend(tuned.norms.0.iter_mut().flatten().flat_map(Parameters::state));
+            all.extend(tuned.state());
         }
         all
     }
@@ -291,24 +202,7 @@ impl<'a> Student<'a> {
             }
         }
         for (layer, tuned) in self.layers.iter_mut().zip(&mut self.tuned) {
-            for (slot, blocks) in Slot::ALL.into_iter().zip(&mut tuned.linears) {
-                if let Some(b) = blocks {
-                    b.values(&mut layer.linear_mut(slot).weight);
-                }
-            }
-            let weights = [
-                &mut layer.attn_norm,
-                &mut layer.q_norm,
-                &mut layer.k_norm,
-                &mut layer.attn_post_norm,
-                &mut layer.ffn_norm,
-                &mut layer.ffn_post_norm,
-            ];
-            for (w, p) in weights.into_iter().zip(&tuned.norms.0) {
-                if let (Some(w), Some(p)) = (w, p) {
-                    w.copy_from_slice(&p.values);
-                }
-            }
+            tuned.refresh(layer);
         }
     }
 }

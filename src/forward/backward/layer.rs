@@ -19,6 +19,9 @@ use crate::forward::rope::RopeTable;
 use crate::forward::spec::Spec;
 use crate::forward::{ForwardError, Model, kernels};
 
+/// What is said of models that only [`LayerBack::dense`] refuses.
+const EXPERTS: &str = "mixtures of experts are neither tuned nor learned for yet";
+
 /// The linears of a dense layer, in the order of its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Slot {
@@ -48,7 +51,7 @@ pub enum Norm {
 
 /// What becomes of the gradients that a layer's backward pass finds.
 ///
-/// Both functions are called when the gradient has been led through the weight: it may change.
+/// `linear` and `norm` are called when the gradient has been led through the weight: it may change.
 pub trait Sink {
     /// `dy` \[tokens, outputs\] is the gradient at the outputs of `linear`, `x` \[tokens, inputs\] its input.
     fn linear(&mut self, slot: Slot, linear: &mut Linear, x: &[f32], dy: &[f32]);
@@ -162,7 +165,7 @@ impl LayerBack {
         let ffn = match layer.ffn {
             FeedForward::Dense { gate, up, down } => Branch::Dense([gate, up, down]),
             FeedForward::Experts { .. } if layer.ffn_post_norm.is_some() => {
-                let why = "a norm follows the experts of a layer".into();
+                let why = "there is no backward pass through a norm behind experts".into();
                 return Err(ForwardError::NoBackward { arch: spec.arch.clone(), why });
             }
             FeedForward::Experts { router, .. } => Branch::Experts { router },
@@ -189,14 +192,20 @@ impl LayerBack {
         [attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm].map(Option::as_deref)
     }
 
-    /// The same for a dense layer alone: experts are refused.
+    /// [`LayerBack::new`] for a dense layer alone: experts are refused.
     pub fn dense(layer: Layer, spec: &Spec) -> Result<LayerBack, ForwardError> {
         match layer.ffn {
             FeedForward::Dense { .. } => LayerBack::new(layer, spec),
             FeedForward::Experts { .. } => {
-                Err(ForwardError::NoBackward { arch: spec.arch.clone(), why: "it has experts".into() })
+                Err(ForwardError::NoBackward { arch: spec.arch.clone(), why: EXPERTS.into() })
             }
         }
+    }
+
+    /// The same, to write.
+    pub fn norms_mut(&mut self) -> [Option<&mut Vec<f32>>; 6] {
+        let LayerBack { attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm, .. } = self;
+        [attn_norm, q_norm, k_norm, attn_post_norm, ffn_norm, ffn_post_norm].map(Option::as_mut)
     }
 
     /// A linear; of the feed-forward branch only in a dense layer.
