@@ -50,6 +50,9 @@ fn words_are_recipes() {
     assert!(stock != balanced && stock != exact);
     let (best, said) = convert(&out, "exact", &["--quality", "best", "--mix", "stock", "--tune", "12"]);
     assert!(best != stock && said.contains("tuned in"), "{said}");
+    let (local, said) =
+        convert(&out, "exact", &["--quality", "best", "--mix", "stock", "--tune", "12", "--tune-local"]);
+    assert!(local != stock && local != best && said.contains("errors of layers"), "{said}");
     let fast = convert(&out, "exact", &["--quality", "fast"]).0;
     assert!(fast != exact && fast != balanced);
     // nothing to gain
@@ -129,6 +132,8 @@ fn what_does_not_go_together_is_refused() {
     with(&["--quality", "best", "--imatrix", "m.gguf"]).exits(2).says("--imatrix does not go with it");
     with(&["--quality", "fast", "--like", "q4_0"]).exits(2).says("neither allocates nor tunes");
     with(&["--quality", "balanced", "--prune-layers", "7"]).exits(2).says("--prune-layers leaves another model");
+    with(&["--calibrate", "builtin", "--tune-local"]).exits(2).says("--tune-local needs --tune");
+    with(&["--quality", "best", "--max-memory", "20MiB"]).exits(4).says("--quality balanced does without");
     with(&["--time-budget", "5"]).exits(2).says("is no time");
     with(&["--time-budget", "5m", "--quality", "best"]).exits(2).says("--quality");
     with(&["--device", "abacus"]).exits(2).says("abacus");

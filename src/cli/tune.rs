@@ -137,7 +137,8 @@ pub fn how(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> R
     }
     let memory = local::memory(&model, tokens);
     if memory > room {
-        return Err(Failure::new(RESOURCE, needs("--tune-local", memory)));
+        let without = if word { "; --quality balanced does without" } else { "" };
+        return Err(Failure::new(RESOURCE, needs("--tune-local", memory) + without));
     }
     Ok(Some(How::Local { memory }))
 }
