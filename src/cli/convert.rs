@@ -66,16 +66,15 @@ pub fn run(args: ConvertArgs) -> Result<(), Failure> {
     let rounded = match prepared.options.rounding {
         Rounding::Gptq => {
             let (recipe, input, plan) = (&prepared.options.recipe, &prepared.input, &prepared.plan);
-            let how = super::tune::how(&args, recipe, input, plan)?;
             let mut rounded = super::round::before(&args, recipe, input, plan)?;
-            super::tune::after(&args, recipe, (input, plan), how, &mut rounded)?;
+            super::tune::after(&args, recipe, (input, plan), prepared.tuning, &mut rounded)?;
             Some(rounded)
         }
         Rounding::Nearest => None,
     };
     let bar = (!args.quiet).then(|| Bar::new(total));
     let progress: &dyn Progress = bar.as_ref().map_or(&Silent as &dyn Progress, |b| b);
-    let Prepared { input, options, plan, imatrix, memory, transforms } = prepared;
+    let Prepared { input, options, plan, imatrix, memory, transforms, .. } = prepared;
     let summary = args.json.then(|| super::plan::to_json(&plan, &input, &memory));
     let result = convert::run(Run {
         input: &input,

@@ -8,9 +8,8 @@ use super::calibrate::pool;
 use super::round::windows;
 use super::{Failure, choose, print};
 use crate::forward::{Model, Spec};
-use crate::gguf::Metadata;
 use crate::plan::quality::{Quality, implies_transform, spelled_out};
-use crate::plan::{Input, OWN, Options, Plan, Recipe, Rounding};
+use crate::plan::{Input, OWN, Options, Plan, Recipe};
 use crate::transform::{Anatomy, Preset};
 use crate::tuning::run::Device;
 
@@ -187,13 +186,12 @@ pub fn words(seconds: f64) -> String {
 }
 
 /// Says before it starts what a conversion will do, and about how long it takes.
-pub fn announce(args: &ConvertArgs, options: &Options, input: &Input) -> Result<(), Failure> {
-    if args.quiet || options.rounding != Rounding::Gptq {
+pub fn announce(args: &ConvertArgs, options: &Options, input: &Input, plan: &Plan) -> Result<(), Failure> {
+    if args.quiet {
         return Ok(());
     }
     let path = args.input.as_deref().expect("required by the parser");
     let recipe = &options.recipe;
-    let plan = Plan::new(input, options, Some(&super::plan::supposed(input)), Metadata::new())?;
     let model = Model::new(path, &*input.source, &input.metadata)?;
     let e = estimate(args, recipe, &model, input, rate(&pool(args.threads())?));
     let stages = [

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 
 use super::args::ConvertArgs;
+use super::tune::How;
 use super::{Failure, REFUSED, RESOURCE, print};
 use crate::calibration::imatrix::Imatrix;
 use crate::convert::provenance;
@@ -22,6 +23,8 @@ pub struct Prepared {
     pub imatrix: Option<Imatrix>,
     pub memory: Memory,
     pub transforms: Option<Arc<Transforms>>,
+    /// How it is tuned.
+    pub tuning: Option<How>,
 }
 
 /// Opens the input and makes the plan. `calibrate`: run the calibration that the recipe asks for; a plan alone only
@@ -35,9 +38,14 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
         options = Options::resolve(recipe).map_err(|e| Failure::new(super::USAGE, e))?;
     }
     settle(args, &mut options, &mut input, path)?;
-    if calibrate {
-        super::estimate::announce(args, &options, &input)?;
-    }
+    let tuning = match calibrate && options.rounding == Rounding::Gptq {
+        true => {
+            let plan = Plan::new(&input, &options, Some(&supposed(&input)), Metadata::new())?;
+            super::estimate::announce(args, &options, &input, &plan)?;
+            super::tune::how(args, &options.recipe, &input, &plan)?
+        }
+        false => None,
+    };
     if options.recipe.row_scales {
         // before anything is measured
         by_row(&Plan::new(&input, &options, Some(&supposed(&input)), Metadata::new())?)?;
@@ -87,7 +95,7 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
     plan.warnings.extend(super::transform::untied(&plan, &input));
     let memory = memory::plan(&plan, &*input.source, imatrix.as_ref(), args.thread_count(), args.max_memory)
         .map_err(|e| Failure::new(RESOURCE, e))?;
-    Ok(Prepared { input, options, plan, imatrix, memory, transforms })
+    Ok(Prepared { input, options, plan, imatrix, memory, transforms, tuning })
 }
 
 /// Refuses types without a scale by row.
