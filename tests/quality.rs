@@ -59,6 +59,20 @@ fn words_are_recipes() {
     assert!(convert(&out, "balanced", &["-t", "f16"]).0 == convert(&out, "exact", &["-t", "f16"]).0);
 }
 
+#[test]
+fn a_model_that_does_not_fit_writes_no_text() {
+    let Some(shared) = common::shared() else { return };
+    let plan = |limit: &str| {
+        let mut c = command([Path::new("plan"), &shared.join("models/tiny-llama")]);
+        let ran = c.args(["--max-memory", limit]).env("OSTQ_QUALITY", "balanced").output().unwrap();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        String::from_utf8_lossy(&ran.stdout).into_owned()
+    };
+    let (small, large) = (plan("300MiB"), plan("8GiB"));
+    assert!(small.contains("no text of the model's own") && !small.contains("transforms are measured"), "{small}");
+    assert!(!large.contains("no text of the model's own") && large.contains("transforms are measured"), "{large}");
+}
+
 /// The fixture with a head of its own, equal to its embedding.
 fn untied() -> Checkpoint {
     let checkpoint = Checkpoint::new();

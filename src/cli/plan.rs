@@ -153,10 +153,24 @@ fn settle(args: &ConvertArgs, options: &mut Options, input: &mut Input, path: &s
     let sized = asked.target_size.is_some() || asked.target_bpw.is_some() || asked.like.is_some();
     let mut r = options.recipe.clone();
     let implied = crate::plan::quality::implies_transform(&r);
-    let model = Model::new(path, &*input.source, &input.metadata).map(|m| m.spec.experts > 0);
+    let model = Model::new(path, &*input.source, &input.metadata);
+    let writes = model.as_ref().map_or(0, |m| super::words::memory(m, &r));
+    let model = model.map(|m| m.spec.experts > 0);
     let encoder = crate::tokenizer::encode::TextEncoder::from_metadata(&input.metadata).map(drop);
     match model.map_err(|e| e.to_string()).and_then(|m| encoder.map(|()| m).map_err(|e| e.to_string())) {
-        Ok(mixture) if nearest || !mixture => return Ok(()),
+        Ok(_) if nearest => return Ok(()),
+        Ok(false) => {
+            let room = super::round::room(args.max_memory);
+            if !asked.calibrate.is_empty() || !super::tune::own(&r.calibrate) || writes <= room {
+                return Ok(());
+            }
+            // the word asked for it
+            r.calibrate.retain(|t| t.as_os_str() != crate::plan::OWN);
+            let (writes, room) = (human(writes), human(room));
+            input.warnings.push(format!(
+                "no text of the model's own: to write it needs {writes} of memory, {room} are there; give more text with --calibrate"
+            ));
+        }
         Ok(_) => {
             // nothing writes text, tunes or measures transforms yet that has experts
             r.tune = None;

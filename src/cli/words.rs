@@ -7,7 +7,8 @@ use super::calibrate::pool;
 use super::steps::Steps;
 use super::{Failure, print};
 use crate::calibration::words::{Wanted, Words};
-use crate::forward::Model;
+use crate::forward::{Model, generate};
+use crate::plan::Recipe;
 use crate::tokenizer::encode::TextEncoder;
 
 /// How much text, from which words.
@@ -21,6 +22,13 @@ pub struct Request<'a> {
     pub max_memory: Option<u64>,
     pub state: &'a Path,
     pub quiet: bool,
+}
+
+/// Bytes that a model takes to write text for `recipe`.
+pub fn memory(model: &Model<'_>, recipe: &Recipe) -> u64 {
+    const MANY: usize = 1 << 20;
+    let length = recipe.ctx.unwrap_or(512) as usize;
+    generate::memory(model, length, generate::batch(model, length, MANY))
 }
 
 /// Windows of token ids, and the names of their texts.
