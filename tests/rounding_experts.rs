@@ -25,12 +25,7 @@ const LENGTH: usize = 32;
 fn mixture() -> (Memory, Metadata) {
     let mut numbers = Numbers(11);
     let mut m = Memory::default();
-    let mut matrix = |m: &mut Memory, name: &str, dims: &[usize], scale: f64| {
-        let count = dims.iter().product();
-        let scale = scale * (3.0 / dims[0] as f64).sqrt();
-        m.push(name, dims, (0..count).map(|_| (numbers.next() * scale) as f32).collect());
-    };
-    matrix(&mut m, "token_embd.weight", &[EMBED, VOCAB], 6.0);
+    m.matrix(&mut numbers, "token_embd.weight", &[EMBED, VOCAB], 6.0);
     m.get("token_embd.weight").chunks_exact_mut(EMBED).for_each(|row| row[0] = 5.0);
     for l in 0..LAYERS {
         let name = |part: &str| format!("blk.{l}.{part}.weight");
@@ -44,7 +39,7 @@ fn mixture() -> (Memory, Metadata) {
             ("ffn_up_exps", vec![EMBED, FF, EXPERTS]),
             ("ffn_down_exps", vec![FF, EMBED, EXPERTS]),
         ] {
-            matrix(&mut m, &name(part), &dims, 1.5);
+            m.matrix(&mut numbers, &name(part), &dims, 1.5);
         }
         m.push(&name("attn_norm"), &[EMBED], vec![1.0; EMBED]);
         m.push(&name("ffn_norm"), &[EMBED], vec![1.0; EMBED]);
@@ -54,7 +49,7 @@ fn mixture() -> (Memory, Metadata) {
         router[(EXPERTS - 1) * EMBED] = -20.0;
     }
     m.push("output_norm.weight", &[EMBED], vec![1.0; EMBED]);
-    matrix(&mut m, "output.weight", &[EMBED, VOCAB], 1.0);
+    m.matrix(&mut numbers, "output.weight", &[EMBED, VOCAB], 1.0);
     let mut keys: Metadata = vec![("general.architecture".into(), Value::from("llama"))];
     for (k, v) in [
         ("block_count", LAYERS),
@@ -72,8 +67,7 @@ fn mixture() -> (Memory, Metadata) {
 }
 
 fn tokens(windows: usize) -> Vec<u32> {
-    let mut numbers = Numbers(5);
-    (0..windows * LENGTH).map(|_| ((numbers.next() + 1.0) / 2.0 * VOCAB as f64) as u32 % VOCAB as u32).collect()
+    decoder::tokens(windows * LENGTH, VOCAB)
 }
 
 fn types(memory: &Memory, ty: GgmlType) -> BTreeMap<String, GgmlType> {

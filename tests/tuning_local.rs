@@ -30,11 +30,7 @@ const TYPE: GgmlType = GgmlType::Q4_0;
 fn model() -> (Memory, Metadata) {
     let mut numbers = Numbers(3);
     let mut m = Memory::default();
-    let mut matrix = |m: &mut Memory, name: &str, dims: [usize; 2], scale: f64| {
-        let scale = scale * (3.0 / dims[0] as f64).sqrt();
-        m.push(name, &dims, (0..dims[0] * dims[1]).map(|_| (numbers.next() * scale) as f32).collect());
-    };
-    matrix(&mut m, "token_embd.weight", [EMBED, VOCAB], 4.0);
+    m.matrix(&mut numbers, "token_embd.weight", &[EMBED, VOCAB], 4.0);
     for l in 0..LAYERS {
         let name = |part: &str| format!("blk.{l}.{part}.weight");
         for (part, dims) in [
@@ -46,13 +42,13 @@ fn model() -> (Memory, Metadata) {
             ("ffn_up", [EMBED, FF]),
             ("ffn_down", [FF, EMBED]),
         ] {
-            matrix(&mut m, &name(part), dims, 1.3);
+            m.matrix(&mut numbers, &name(part), &dims, 1.3);
         }
         m.push(&name("attn_norm"), &[EMBED], vec![1.0; EMBED]);
         m.push(&name("ffn_norm"), &[EMBED], vec![1.0; EMBED]);
     }
     m.push("output_norm.weight", &[EMBED], vec![1.0; EMBED]);
-    matrix(&mut m, "output.weight", [EMBED, VOCAB], 1.0);
+    m.matrix(&mut numbers, "output.weight", &[EMBED, VOCAB], 1.0);
     let mut keys: Metadata = vec![("general.architecture".into(), Value::from("granite"))];
     for (k, v) in [
         ("block_count", LAYERS),
@@ -75,8 +71,7 @@ fn model() -> (Memory, Metadata) {
 }
 
 fn tokens() -> Vec<u32> {
-    let mut numbers = Numbers(5);
-    (0..WINDOWS * LENGTH).map(|_| ((numbers.next() + 1.0) / 2.0 * VOCAB as f64) as u32 % VOCAB as u32).collect()
+    decoder::tokens(WINDOWS * LENGTH, VOCAB)
 }
 
 /// The matrices, rounded to nearest.

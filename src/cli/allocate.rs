@@ -269,12 +269,12 @@ fn predicted(
     }
     let pool = pool(args.threads())?;
     let memory = |batch| crate::rounding::run::memory(model, length, batch, pool.current_num_threads(), true);
-    let batch = (1..=BATCH).rev().find(|b| args.max_memory.is_none_or(|l| memory(*b) <= l));
-    let Some(batch) = batch else {
-        let (limit, needed) = (human(args.max_memory.unwrap_or_default()), human(memory(1)));
+    let batch = super::round::fitting(BATCH, args.max_memory, memory);
+    if let Some(limit) = args.max_memory.filter(|l| memory(batch) > *l) {
+        let (limit, needed) = (human(limit), human(memory(batch)));
         let why = format!("--max-memory {limit}: allocating types for this model needs at least {needed}");
         return Err(Failure::new(super::RESOURCE, why));
-    };
+    }
     let job = costs::Job { model, tokens, length, batch, backward: SAMPLE, candidates, gptq: kept.gptq, state };
     let mut steps: Option<Steps> = None;
     let quiet = args.quiet;

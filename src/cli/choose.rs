@@ -196,6 +196,11 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
+    /// Folder of the state of a candidate's rounding.
+    fn rounds(&self) -> std::path::PathBuf {
+        self.state.join("auto")
+    }
+
     /// Divergence of the model, transformed and rounded, on the windows that judge.
     fn divergence(&self, transforms: Option<&Transforms>) -> Result<f64, Failure> {
         let Trial { args, options, path, length, .. } = *self;
@@ -222,15 +227,14 @@ impl Trial<'_> {
             return Ok(*kld);
         }
         let pool = pool(args.threads())?;
-        let rounds = self.state.join("auto");
         let result: Result<f64, Failure> = pool.install(|| {
-            let rounded = self.rounded(&plan, &input, &model, &rounds)?;
+            let rounded = self.rounded(&plan, &input, &model, &key)?;
             let student = Student::new(&model, &rounded, 0, true)?;
             let mut engine = Processor::new(&model, student, length, BATCH)?;
             Ok(engine.loss(self.last)?)
         });
         if !matches!(&result, Err(e) if e.code == INTERRUPTED) {
-            forget(&rounds);
+            forget(&self.rounds());
         }
         if let Ok(kld) = result {
             known.push((key, kld));
@@ -247,7 +251,7 @@ impl Trial<'_> {
         plan: &Plan,
         input: &Input,
         model: &Model<'_>,
-        state: &Path,
+        key: &Key,
     ) -> Result<BTreeMap<String, Rounded>, Failure> {
         let types = super::round::types(plan, input);
         if self.options.rounding == Rounding::Gptq {
@@ -256,19 +260,19 @@ impl Trial<'_> {
                 tokens: self.text,
                 length: self.length,
                 types: types.clone(),
-                fingerprint: fingerprint::fingerprint(model.source()),
-                text: windows::digest(self.text),
+                fingerprint: key.fingerprint.clone(),
+                text: key.texts[0].clone(),
                 one_pass: self.options.recipe.one_pass,
                 row_scales: self.options.recipe.row_scales,
                 batch: BATCH,
                 backward: 0,
                 keep: true,
-                state,
+                state: &self.rounds(),
             };
             let mut steps = Steps::new("layer", model.spec.layers, self.quiet);
             run::run(&job, &mut steps)?;
             steps.finish();
-            return super::tune::rounded_of(plan, &RoundedTensors::open(state, types.into_iter())?);
+            return super::tune::rounded_of(plan, &RoundedTensors::open(job.state, types.into_iter())?);
         }
         let row_scales = self.options.recipe.row_scales;
         let imatrix = super::calibrate::before(self.args, &self.options.recipe, input)?;

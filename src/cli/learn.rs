@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::args::{ConvertArgs, MakingArgs};
 use super::calibrate::{Prepared, pool, state_of};
+use super::layers::Layers;
 use super::steps::Steps;
 use super::transform::Made;
 use super::tune::{HELD_OUT_MOST, HELD_OUT_PART, Progress, split, summary};
@@ -236,30 +237,6 @@ fn engine<'a>(
     }
 }
 
-/// Progress of a run by layers.
-struct Layers {
-    steps: Steps,
-    quiet: bool,
-    /// Logarithms.
-    ratios: Vec<f64>,
-}
-
-impl local::Watch for Layers {
-    fn layer(&mut self, l: usize, before: f64, after: f64) {
-        if !self.quiet {
-            self.steps.line(&format!("layer {l}: error {before:.5} -> {after:.5} of its branch on windows held out"));
-        }
-        if before > 0.0 && after > 0.0 {
-            self.ratios.push((after / before).ln());
-        }
-        self.steps.done(l + 1);
-    }
-
-    fn resumed(&mut self, layers: usize) {
-        crate::calibration::run::Watch::resumed(&mut self.steps, layers);
-    }
-}
-
 /// Learns layer by layer.
 fn by_layer(input: &Input, anatomy: &Anatomy, r: &Request<'_>, prepared: &Prepared<'_>) -> Result<Transforms, Failure> {
     let (model, tokens) = (&prepared.model, &prepared.tokens);
@@ -299,18 +276,9 @@ fn by_layer(input: &Input, anatomy: &Anatomy, r: &Request<'_>, prepared: &Prepar
         save_every: SAVE_EVERY,
         state: r.state,
     };
-    let begin = Instant::now();
-    let layers = model.spec.layers;
-    let mut watch = Layers { steps: Steps::new("layer", layers, r.quiet), quiet: r.quiet, ratios: Vec::new() };
+    let mut watch = Layers::new(model.spec.layers, r.quiet);
     let made = pool.install(|| local::run(&job, &start, r.fake, &name, &mut watch))?;
-    watch.steps.finish();
-    if !r.quiet {
-        let mean = (watch.ratios.iter().sum::<f64>() / watch.ratios.len().max(1) as f64).exp();
-        let seconds = begin.elapsed().as_secs_f64();
-        print::stderr(&format!(
-            "learned in {seconds:.1} s: errors of layers {mean:.3} of what they were (geometric mean)"
-        ));
-    }
+    watch.finish("learned");
     made.check(anatomy)?;
     Ok(made)
 }

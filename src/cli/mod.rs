@@ -12,6 +12,7 @@ mod choose;
 mod convert;
 mod estimate;
 mod inspect;
+mod layers;
 mod learn;
 mod lists;
 mod plan;

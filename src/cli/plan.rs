@@ -38,17 +38,17 @@ pub fn prepare(args: &ConvertArgs, calibrate: bool) -> Result<Prepared, Failure>
         options = Options::resolve(recipe).map_err(|e| Failure::new(super::USAGE, e))?;
     }
     settle(args, &mut options, &mut input, path)?;
-    let tuning = match calibrate && options.rounding == Rounding::Gptq {
-        true => {
-            let plan = Plan::new(&input, &options, Some(&supposed(&input)), Metadata::new())?;
+    let (mut tuning, rounds) = (None, calibrate && options.rounding == Rounding::Gptq);
+    if rounds || options.recipe.row_scales {
+        // what is refused is refused before anything is measured
+        let plan = Plan::new(&input, &options, Some(&supposed(&input)), Metadata::new())?;
+        if rounds {
             super::estimate::announce(args, &options, &input, &plan)?;
-            super::tune::how(args, &options.recipe, &input, &plan)?
+            tuning = super::tune::how(args, &options.recipe, &input, &plan)?;
         }
-        false => None,
-    };
-    if options.recipe.row_scales {
-        // before anything is measured
-        by_row(&Plan::new(&input, &options, Some(&supposed(&input)), Metadata::new())?)?;
+        if options.recipe.row_scales {
+            by_row(&plan)?;
+        }
     }
     let mut given = options.recipe.imatrix.as_deref().map(Imatrix::load).transpose()?;
     let transforms = super::transform::apply(args, &options, &mut input, given.as_mut(), calibrate)?;

@@ -44,6 +44,11 @@ pub fn windows(recipe: &Recipe) -> usize {
     (recipe.calibrate_tokens.unwrap_or(TOKENS) as usize / recipe.ctx.unwrap_or(512) as usize).max(1)
 }
 
+/// Windows that go through a layer together: as many of `most` as `limit` bytes allow, one at least.
+pub fn fitting(most: usize, limit: Option<u64>, memory: impl Fn(usize) -> u64) -> usize {
+    (1..=most).rev().find(|b| limit.is_none_or(|l| memory(*b) <= l)).unwrap_or(1)
+}
+
 /// Rounds what the plan says.
 pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -> Result<RoundedTensors, Failure> {
     let path = args.input.as_deref().expect("required by the parser");
@@ -64,13 +69,11 @@ pub fn before(args: &ConvertArgs, recipe: &Recipe, input: &Input, plan: &Plan) -
     let threads = pool.current_num_threads();
     let kept = run::kept(model, tokens.len(), recipe.one_pass);
     let room = args.max_memory.unwrap_or_else(|| available_memory() / 2);
-    let mut batch = BATCH.min(tokens.len() / length);
+    let most = BATCH.min(tokens.len() / length);
     let backward = weighs_embedding(plan, model);
     let memory = |batch| run::memory(model, length, batch, threads, backward);
-    let keep = memory(batch) + kept <= room;
-    while batch > 1 && args.max_memory.is_some_and(|l| memory(batch) > l) {
-        batch -= 1;
-    }
+    let keep = memory(most) + kept <= room;
+    let batch = fitting(most, args.max_memory, memory);
     let needed = memory(batch) + if keep { kept } else { 0 };
     if let Some(limit) = args.max_memory.filter(|l| needed > *l) {
         let (limit, needed) = (human(limit), human(needed));

@@ -1,10 +1,12 @@
 //! `--tune`: the blocks of a rounded model, moved against the divergence of its predictions.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::args::ConvertArgs;
 use super::calibrate::{Prepared, pool, state_of};
+use super::layers::Layers;
 use super::steps::Steps;
 use super::{Failure, RESOURCE, USAGE, print, words};
 use crate::calibration::windows;
@@ -198,6 +200,10 @@ pub fn after(
         How::Local { memory } => {
             let all: Vec<u32> = learn.iter().chain(&decide).copied().collect();
             let keep = memory + local::streams(&model, all.len()) <= super::round::room(args.max_memory) / 2;
+            let mut names: Vec<&str> = plan.tensors.iter().map(|t| &*t.name).collect();
+            names.sort_unstable();
+            let read = |name: &'_ str| one_rounded(plan, tensors, name).transpose();
+            let blocks = names.into_iter().filter_map(|n| Some(read(n)?.map(|r| (n, r))));
             let job = local::Job {
                 model: &model,
                 tokens: &all,
@@ -205,22 +211,13 @@ pub fn after(
                 length,
                 rounded: &|name| Ok(one_rounded(plan, tensors, name)?),
                 settings,
-                key: key_of(plan, tensors, &[&learn, &decide])?,
+                key: key(blocks, &[&learn, &decide])?,
                 keep,
                 state: &state,
             };
-            let layers = model.spec.layers;
-            let mut watch =
-                Layers { steps: Steps::new("layer", layers, args.quiet), quiet: args.quiet, ratios: Vec::new() };
+            let mut watch = Layers::new(model.spec.layers, args.quiet);
             let tuned = pool.install(|| local::run(&job, &mut watch))?;
-            watch.steps.finish();
-            if !args.quiet {
-                let mean = (watch.ratios.iter().sum::<f64>() / watch.ratios.len().max(1) as f64).exp();
-                print::stderr(&format!(
-                    "tuned in {:.1} s: errors of layers {mean:.3} of what they were (geometric mean)",
-                    start.elapsed().as_secs_f64()
-                ));
-            }
+            watch.finish("tuned");
             tuned
         }
         How::Whole { again, .. } => {
@@ -232,7 +229,7 @@ pub fn after(
                 length,
                 rounded: &rounded,
                 settings,
-                key: key_of(plan, tensors, &[&learn, &decide])?,
+                key: key(rounded.iter().map(|(n, r)| Ok((&**n, r))), &[&learn, &decide])?,
                 again,
                 device: args.device,
                 save_every: run::SAVE_EVERY,
@@ -256,44 +253,17 @@ pub fn after(
 /// Windows that tuning by layers learns from at most: all of their streams are kept.
 const LOCAL_WINDOWS: usize = 512;
 
-/// Progress of layers, and what the windows that are held out say.
-struct Layers {
-    steps: Steps,
-    quiet: bool,
-    /// Logarithms of the errors' ratios.
-    ratios: Vec<f64>,
-}
-
-impl local::Watch for Layers {
-    fn layer(&mut self, l: usize, done: local::Done) {
-        let local::Done { before, after, step } = done;
-        if !self.quiet {
-            let line =
-                format!("layer {l}: error {before:.5} -> {after:.5} of its branch on windows held out, step {step}");
-            self.steps.line(&line);
-        }
-        if before > 0.0 && after > 0.0 {
-            self.ratios.push((after / before).ln());
-        }
-        self.steps.done(l + 1);
-    }
-
-    fn resumed(&mut self, layers: usize) {
-        crate::calibration::run::Watch::resumed(&mut self.steps, layers);
-    }
-}
-
-/// Of the blocks and the text that a run starts from.
-fn key_of(plan: &Plan, tensors: &RoundedTensors, texts: &[&[u32]]) -> Result<String, RoundingError> {
+/// Of the blocks, in the order of their names, and the text that a run starts from.
+fn key<'a, R: Borrow<Rounded>>(
+    rounded: impl Iterator<Item = Result<(&'a str, R), RoundingError>>,
+    texts: &[&[u32]],
+) -> Result<String, RoundingError> {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
-    let mut names: Vec<&str> = plan.tensors.iter().map(|t| &*t.name).collect();
-    names.sort_unstable();
-    for name in names {
-        if let Some(r) = one_rounded(plan, tensors, name)? {
-            hash.update(name.as_bytes());
-            hash.update(&r.bytes);
-        }
+    for tensor in rounded {
+        let (name, r) = tensor?;
+        hash.update(name.as_bytes());
+        hash.update(&r.borrow().bytes);
     }
     texts.iter().for_each(|t| hash.update(windows::digest(t)));
     Ok(crate::calibration::imatrix::hex(&hash.finalize()))

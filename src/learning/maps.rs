@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use super::manifold::Rotation;
 use super::values::{LayerValues, Values, scales, scales_mut};
+use crate::forward::backward::kernels;
 use crate::forward::backward::layer::Slot;
 use crate::linalg::{add_cross, product, product_back};
 use crate::transform::{Anatomy, Pair};
@@ -315,9 +316,8 @@ fn line(line: &Option<Line>, l: &LayerValues) -> Option<Vec<f32>> {
 
 /// A copy made by all threads.
 fn copy(z: &[f32]) -> Vec<f32> {
-    const PIECE: usize = 1 << 16;
-    let mut out = vec![0.0; z.len()];
-    out.par_chunks_mut(PIECE).zip(z.par_chunks(PIECE)).for_each(|(out, z)| out.copy_from_slice(z));
+    let mut out = Vec::new();
+    kernels::copy(z, &mut out);
     out
 }
 

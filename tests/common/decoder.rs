@@ -31,6 +31,12 @@ impl Numbers {
     }
 }
 
+/// Tokens of a vocabulary of so many.
+pub fn tokens(count: usize, vocab: usize) -> Vec<u32> {
+    let mut numbers = Numbers(5);
+    (0..count).map(|_| ((numbers.next() + 1.0) / 2.0 * vocab as f64) as u32 % vocab as u32).collect()
+}
+
 /// Tensors in memory.
 #[derive(Clone, Default)]
 pub struct Memory {
@@ -53,6 +59,12 @@ impl Memory {
             row_group: 1,
         });
         self.values.push(values);
+    }
+
+    /// A matrix, or a stack of some, whose outputs are `scale` times as large as inputs of size 1.
+    pub fn matrix(&mut self, numbers: &mut Numbers, name: &str, dims: &[usize], scale: f64) {
+        let scale = scale * (3.0 / dims[0] as f64).sqrt();
+        self.push(name, dims, (0..dims.iter().product()).map(|_| (numbers.next() * scale) as f32).collect());
     }
 
     pub fn get(&mut self, name: &str) -> &mut Vec<f32> {

@@ -1,7 +1,7 @@
 //! Backward of the feed-forward branch of a mixture: `y = Σ_e w_e E_e(x)` over the experts that a token is routed to, `w` the softmax
 //! of their logits times a scale (`build_moe_ffn` of llama.cpp). Which experts these are has no gradient; their weights have.
 
-use super::kernels::{activate, activate_back, add_all};
+use super::kernels::{activate, activate_back, add_all, copy};
 use super::layer::{Sink, Slot, back as product_back, forward};
 use crate::forward::layer::{Linear, Pass, route};
 use crate::forward::{Activations, ForwardError, interrupted, kernels};
@@ -39,8 +39,7 @@ pub fn back(
         x.clear();
         mine.iter().for_each(|i| x.extend_from_slice(&input[i / used * n..][..n]));
         forward([(&w_gate, &mut gate), (&w_up, &mut up)], &x);
-        hidden.clear();
-        hidden.extend_from_slice(&gate);
+        copy(&gate, &mut hidden);
         activate(spec.activation, &mut hidden, &up);
         forward([(&w_down, &mut out)], &hidden);
         d.clear();

@@ -136,7 +136,7 @@ pub fn copy(x: &[f32], out: &mut Vec<f32>) {
 pub fn scaled_to(d: &[f32], factor: f32, out: &mut Vec<f32>) {
     copy(d, out);
     if factor != 1.0 {
-        out.par_chunks_mut(1 << 14).for_each(|x| kernels::scale(x, factor));
+        out.par_chunks_mut(PIECE).for_each(|x| kernels::scale(x, factor));
     }
 }
 
